@@ -1,0 +1,58 @@
+//! `flashattn`: FlashAttention on the command line.
+
+mod io_cmd;
+mod options;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use std::io;
+use std::process::ExitCode;
+
+/// Exact attention, fast and with memory linear in sequence length (FlashAttention, arXiv 2205.14135).
+#[derive(Debug, Parser)]
+#[command(name = "flashattn", version, max_term_width = 110, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Count what attention computes and moves, and which of the two takes longer
+    Io(Box<io_cmd::IoArgs>),
+    /// Print completions for a shell
+    #[command(after_help = "Example (bash):\n  flashattn completions bash > \
+                            ~/.local/share/bash-completion/completions/flashattn")]
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Io(args) => io_cmd::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "flashattn", &mut io::stdout());
+            Ok(())
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has seen enough (`flashattn io | head`).
+        Err(error) if options::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definition_of_the_options_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,160 @@
+//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; the tile of 4 vectors × 6 rows keeps 24 accumulators.
+
+use crate::simd::Simd;
+use std::arch::x86_64::*;
+
+/// The AVX-512 instruction set.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512;
+
+impl Simd for Avx512 {
+    const LANES: usize = 16;
+    const PANEL: usize = 4;
+    const ROWS: usize = 6;
+    type F = __m512;
+
+    crate::simd::compile_large!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m512 {
+        // SAFETY: the CPU has AVX-512 (contract of `Simd`); so for every block in this file.
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m512 {
+        // SAFETY: as above; `p` is valid for 16 elements.
+        unsafe { _mm512_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: __m512) {
+        // SAFETY: as above; `p` is valid for 16 elements.
+        unsafe { _mm512_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m512, b: __m512) -> __m512 {
+        // SAFETY: as above. VMAXPS returns its second operand when either is NaN.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn exp2(x: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            // VMAXPS(lo, x) keeps NaN and turns −∞, whose fraction is not a number, into an underflow.
+            let x = _mm512_max_ps(_mm512_set1_ps(-200.0), x);
+            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+            let r = _mm512_sub_ps(x, n);
+            let mut p = _mm512_set1_ps(EXP2[0]);
+            for c in &EXP2[1..] {
+                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+            }
+            _mm512_scalef_ps(p, n)
+        }
+    }
+    #[inline(always)]
+    unsafe fn any_gt(a: __m512, b: __m512) -> bool {
+        // SAFETY: as above.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0 }
+    }
+    #[inline(always)]
+    unsafe fn replace_neg_inf(x: __m512, y: __m512) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let inf = _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(x, _mm512_set1_ps(f32::NEG_INFINITY));
+            _mm512_mask_mov_ps(x, inf, y)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(x: __m512) -> f32 {
+        // SAFETY: as above.
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const half::f16) -> __m512 {
+        // SAFETY: as above; `p` is valid for 16 elements of two bytes.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const half::bf16) -> __m512 {
+        // SAFETY: as above; `p` is valid for 16 elements of two bytes. A bf16 is the upper half of an f32.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: the caller's pointers cover 16 rows of 16 elements.
+        unsafe {
+            let mut r = [_mm512_setzero_ps(); 16];
+            for (i, r) in r.iter_mut().enumerate() {
+                *r = _mm512_loadu_ps(src.add(i * src_stride));
+            }
+            transpose_16x16(&mut r);
+            for (i, r) in r.iter().enumerate() {
+                _mm512_storeu_ps(dst.add(i * dst_stride), *r);
+            }
+        }
+    }
+}
+
+/// Coefficients of 2^r on [−1/2, 1/2], highest degree first (minimax, relative error 2e−8 at degree 6).
+pub(crate) const EXP2: [f32; 7] =
+    [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0];
+
+/// Transposes 16 vectors of 16 dwords in registers.
+///
+/// # Safety
+/// The CPU has AVX-512F.
+#[inline(always)]
+pub(crate) unsafe fn transpose_16x16(r: &mut [__m512; 16]) {
+    // SAFETY: register-only operations; the CPU has AVX-512F.
+    unsafe {
+        let mut t = [_mm512_setzero_ps(); 16];
+        for i in 0..8 {
+            t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+            t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+        }
+        let pd = |x: __m512| _mm512_castps_pd(x);
+        for i in 0..4 {
+            let (a, b, c, d) = (pd(t[4 * i]), pd(t[4 * i + 1]), pd(t[4 * i + 2]), pd(t[4 * i + 3]));
+            r[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+            r[4 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+            r[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+            r[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+        }
+        // r[4i + j] holds column 4·lane128 + j of rows 4i..4i+4; gather the 128-bit lanes.
+        for j in 0..4 {
+            let lo = _mm512_shuffle_f32x4::<0x88>(r[j], r[4 + j]);
+            let hi = _mm512_shuffle_f32x4::<0xdd>(r[j], r[4 + j]);
+            let lo2 = _mm512_shuffle_f32x4::<0x88>(r[8 + j], r[12 + j]);
+            let hi2 = _mm512_shuffle_f32x4::<0xdd>(r[8 + j], r[12 + j]);
+            t[j] = _mm512_shuffle_f32x4::<0x88>(lo, lo2);
+            t[8 + j] = _mm512_shuffle_f32x4::<0xdd>(lo, lo2);
+            t[4 + j] = _mm512_shuffle_f32x4::<0x88>(hi, hi2);
+            t[12 + j] = _mm512_shuffle_f32x4::<0xdd>(hi, hi2);
+        }
+        *r = t;
+    }
+}
+
+crate::arch::compile_kernels!(crate::engine::Fma<Avx512, T>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");

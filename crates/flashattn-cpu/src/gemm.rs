@@ -1,0 +1,196 @@
+//! The one f32 product of the FMA path: `C[r][lanes] (+)= Σ_k A[r, k] · B[k][lanes]`, with A broadcast element by
+//! element from memory of any strides and B, C in vectors.
+//!
+//! Scores are kept transposed (keys down, queries across the lanes), so every product of attention has this
+//! form, forward and backward, with K, V, Q and dO read as they lie in memory:
+//!
+//! | product            | r   | k   | lanes   |
+//! |--------------------|-----|-----|---------|
+//! | Sᵀ  = K Qᵀ         | key | d   | query   |
+//! | dPᵀ = V dOᵀ        | key | d_v | query   |
+//! | Oᵀ += Vᵀ Pᵀ        | d_v | key | query   |
+//! | dQᵀ += Kᵀ dSᵀ      | d   | key | query   |
+//! | dV += Pᵀ dO        | key | query | d_v   |
+//! | dK += dSᵀ Q        | key | query | d     |
+
+use crate::simd::Simd;
+
+/// Strided access to the broadcast operand: element (r, k) at `r·row + k·col`, and after `inner` steps of k a
+/// jump of `outer` (scores are stored as blocks of `LANES` queries).
+#[derive(Clone, Copy, Debug)]
+pub struct Scalars {
+    /// First element.
+    pub ptr: *const f32,
+    /// Stride of r.
+    pub row: usize,
+    /// Stride of k.
+    pub col: usize,
+    /// Stride of the outer k loop.
+    pub outer: usize,
+}
+
+/// Strided access to vectors: vector v of row i at `v·vector + i·row`.
+#[derive(Clone, Copy, Debug)]
+pub struct Vectors<P> {
+    /// First element.
+    pub ptr: P,
+    /// Stride of the vector index.
+    pub vector: usize,
+    /// Stride of the row.
+    pub row: usize,
+}
+
+/// What the accumulators start from.
+#[derive(Clone, Copy, Debug)]
+pub enum Init {
+    /// Zero: C is overwritten.
+    Zero,
+    /// C: the product is added.
+    Add,
+    /// C · α, with α one vector for each vector of the panel: rescales the output on the way (Alg. 1, line 12).
+    Scale(*const f32),
+}
+
+/// The contraction: `outer` × `inner` steps of k.
+#[derive(Clone, Copy, Debug)]
+pub struct Depth {
+    /// Steps between jumps of A.
+    pub inner: usize,
+    /// Number of jumps.
+    pub outer: usize,
+}
+
+/// C of `rows` × `vectors` vectors; see the module's text.
+///
+/// # Safety
+/// All addressed elements of A, B and C are valid; C does not overlap A or B; the CPU has S's instructions.
+#[inline(always)]
+pub unsafe fn product<S: Simd>(
+    rows: usize,
+    vectors: usize,
+    depth: Depth,
+    a: Scalars,
+    b: Vectors<*const f32>,
+    c: Vectors<*mut f32>,
+    init: Init,
+) {
+    let mut v = 0;
+    while v < vectors {
+        let n = (vectors - v).min(S::PANEL);
+        // SAFETY: vector v is inside B and C.
+        unsafe {
+            let b = Vectors { ptr: b.ptr.add(v * b.vector), ..b };
+            let c = Vectors { ptr: c.ptr.add(v * c.vector), ..c };
+            let init = match init {
+                Init::Scale(alpha) => Init::Scale(alpha.add(v * S::LANES)),
+                other => other,
+            };
+            match n {
+                1 => panel::<S, 1>(rows, depth, a, b, c, init),
+                2 => panel::<S, 2>(rows, depth, a, b, c, init),
+                3 => panel::<S, 3>(rows, depth, a, b, c, init),
+                _ => panel::<S, 4>(rows, depth, a, b, c, init),
+            }
+        }
+        v += n;
+    }
+}
+
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn panel<S: Simd, const V: usize>(
+    rows: usize,
+    depth: Depth,
+    a: Scalars,
+    b: Vectors<*const f32>,
+    c: Vectors<*mut f32>,
+    init: Init,
+) {
+    let mut r = 0;
+    // SAFETY: rows r .. r + R are inside A and C.
+    unsafe {
+        while r + S::ROWS <= rows {
+            let a = Scalars { ptr: a.ptr.add(r * a.row), ..a };
+            let c = Vectors { ptr: c.ptr.add(r * c.row), ..c };
+            match S::ROWS {
+                4 => tile::<S, V, 4>(depth, a, b, c, init),
+                5 => tile::<S, V, 5>(depth, a, b, c, init),
+                6 => tile::<S, V, 6>(depth, a, b, c, init),
+                _ => tile::<S, V, 8>(depth, a, b, c, init),
+            }
+            r += S::ROWS;
+        }
+        let a = Scalars { ptr: a.ptr.add(r * a.row), ..a };
+        let c = Vectors { ptr: c.ptr.add(r * c.row), ..c };
+        match rows - r {
+            0 => {}
+            1 => tile::<S, V, 1>(depth, a, b, c, init),
+            2 => tile::<S, V, 2>(depth, a, b, c, init),
+            3 => tile::<S, V, 3>(depth, a, b, c, init),
+            4 => tile::<S, V, 4>(depth, a, b, c, init),
+            5 => tile::<S, V, 5>(depth, a, b, c, init),
+            6 => tile::<S, V, 6>(depth, a, b, c, init),
+            _ => tile::<S, V, 7>(depth, a, b, c, init),
+        }
+    }
+}
+
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn tile<S: Simd, const V: usize, const R: usize>(
+    depth: Depth,
+    a: Scalars,
+    b: Vectors<*const f32>,
+    c: Vectors<*mut f32>,
+    init: Init,
+) {
+    // SAFETY: every address is inside A, B or C by the caller's contract.
+    unsafe {
+        let mut acc = [[S::splat(0.0); V]; R];
+        match init {
+            Init::Zero => {}
+            Init::Add => {
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    for (v, x) in acc.iter_mut().enumerate() {
+                        *x = S::load(c.ptr.add(r * c.row + v * c.vector));
+                    }
+                }
+            }
+            Init::Scale(alpha) => {
+                for v in 0..V {
+                    let alpha = S::load(alpha.add(v * S::LANES));
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        acc[v] = S::mul(S::load(c.ptr.add(r * c.row + v * c.vector)), alpha);
+                    }
+                }
+            }
+        }
+        let mut bp = b.ptr;
+        let mut ap = a.ptr;
+        for _ in 0..depth.outer {
+            let mut ak = ap;
+            for _ in 0..depth.inner {
+                let mut x = [S::splat(0.0); V];
+                for (v, x) in x.iter_mut().enumerate() {
+                    *x = S::load(bp.add(v * b.vector));
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let s = S::splat(*ak.add(r * a.row));
+                    for v in 0..V {
+                        acc[v] = S::fma(s, x[v], acc[v]);
+                    }
+                }
+                ak = ak.add(a.col);
+                bp = bp.add(b.row);
+            }
+            ap = ap.add(a.outer);
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (v, x) in acc.iter().enumerate() {
+                S::store(c.ptr.add(r * c.row + v * c.vector), *x);
+            }
+        }
+    }
+}

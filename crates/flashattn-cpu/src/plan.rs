@@ -1,0 +1,362 @@
+//! [`Plan`]: a problem made ready for this CPU, and its execution on threads.
+
+use crate::arch::{self, Isa};
+use crate::memory::{Buffer, Shared};
+use crate::{backward, forward};
+use crate::mods::{Dropper, ScoreProgram};
+use flashattn_spec::blocks::BlockSchedule;
+use flashattn_spec::{
+    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, ProblemError,
+};
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Why a call was refused.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum CpuError {
+    /// The problem or a tensor is wrong.
+    #[error(transparent)]
+    Problem(#[from] ProblemError),
+    /// The expression of the mask or score mod cannot be compiled.
+    #[error("mask or score mod: {0}")]
+    Expr(#[from] flashattn_spec::expr::ExprError),
+    /// This executor does not have it.
+    #[error("{feature} is not supported on the CPU")]
+    Unsupported {
+        /// What was asked for.
+        feature: String,
+    },
+}
+
+/// How to run, beside what.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Instruction set; `None` takes the best of this CPU. One that the CPU lacks is refused.
+    pub isa: Option<Isa>,
+    /// Threads; `None` takes those of the current rayon pool. Results do not depend on it.
+    pub threads: Option<usize>,
+}
+
+/// Tasks below which tiles are made smaller, so that every machine has enough of them to balance. A constant, so
+/// that results do not depend on the number of threads.
+const MIN_TASKS: usize = 32;
+/// Queries of a tile, at most: the tile's Q and O stay in L2 beside a chunk of K and V.
+const MAX_TILE: usize = 256;
+/// Keys of a block of the schedule.
+pub(crate) const TILE_N: usize = 64;
+
+/// A problem made ready: schedules and programs are made once, `forward` and `backward` run many times.
+pub struct Plan {
+    problem: AttentionProblem,
+    isa: Isa,
+    threads: usize,
+    program: ScoreProgram,
+    schedule: BlockSchedule,
+    tile: usize,
+}
+
+impl Plan {
+    /// Validates and plans.
+    pub fn new(problem: &AttentionProblem, options: Options) -> Result<Self, CpuError> {
+        problem.validate()?;
+        if problem.dtype == DType::F64 {
+            return Err(CpuError::Unsupported { feature: "dtype f64".into() });
+        }
+        let isa = options.isa.unwrap_or_else(Isa::detect);
+        if !Isa::available().contains(&isa) {
+            return Err(CpuError::Unsupported { feature: format!("instruction set {isa} (this CPU lacks it)") });
+        }
+        let panel = match problem.dtype {
+            DType::Bf16 => arch::kernels::<half::bf16>(isa).panel,
+            DType::F16 => arch::kernels::<half::f16>(isa).panel,
+            _ => arch::kernels::<f32>(isa).panel,
+        };
+        let tasks = |tile: usize| -> usize {
+            (0..problem.batch).map(|b| problem.sequence(b).seqlen_q.div_ceil(tile) * problem.heads_q).sum()
+        };
+        let mut tile = MAX_TILE.max(panel);
+        while tile > panel && tasks(tile) < MIN_TASKS {
+            tile /= 2;
+        }
+        let lowered = problem.lower()?;
+        Ok(Plan {
+            program: ScoreProgram::new(lowered.score_mod.as_ref(), lowered.mask.as_ref(), problem.scale().abs())?,
+            schedule: BlockSchedule::new(problem, panel, TILE_N)?,
+            problem: problem.clone(),
+            threads: options.threads.unwrap_or_else(rayon::current_num_threads).max(1),
+            isa,
+            tile,
+        })
+    }
+
+    /// Fills o and lse.
+    pub fn forward<T: Element>(&self, inputs: &Inputs<'_, T>, out: &mut Outputs<'_, T>) -> Result<(), CpuError> {
+        inputs.check(&self.problem)?;
+        out.check(&self.problem)?;
+        let kernels = arch::kernels::<T>(self.isa);
+        let cx = self.context(&self.schedule, inputs);
+        let target = forward::Target {
+            strides: out.o.strides(),
+            o: Shared(out.o.data_mut().as_mut_ptr()),
+            lse: Shared(out.lse.as_mut_ptr()),
+        };
+        let mut tasks = Vec::new();
+        for batch in 0..self.problem.batch {
+            let n = self.problem.sequence(batch).seqlen_q;
+            for head in 0..self.problem.heads_q {
+                for q0 in (0..n).step_by(self.tile) {
+                    tasks.push(forward::Task { batch, head, q0, rows: (n - q0).min(self.tile) });
+                }
+            }
+        }
+        // Causal tiles grow with q0: longest first leaves no straggler at the end.
+        tasks.sort_by_key(|t| std::cmp::Reverse(t.q0));
+        run_tasks(
+            self.threads,
+            tasks.len(),
+            || (kernels.forward_workspace)(&self.problem, self.tile),
+            |ws, i| {
+                // SAFETY: `kernels` are for an ISA of this CPU; tensors were checked against the problem; tasks
+                // write disjoint rows.
+                unsafe { (kernels.forward)(&cx, &target, tasks[i], ws) }
+            },
+        );
+        Ok(())
+    }
+
+    /// Fills dq, dk, dv and what else is asked for, from the forward's results.
+    pub fn backward<T: Element>(
+        &self,
+        inputs: &Inputs<'_, T>,
+        given: &GradInputs<'_, T>,
+        out: &mut Gradients<'_, T>,
+    ) -> Result<(), CpuError> {
+        let problem = &self.problem;
+        inputs.check(problem)?;
+        given.check(problem)?;
+        out.check(problem)?;
+        let kernels = arch::kernels::<T>(self.isa);
+        let parts = self.split_keys(kernels.backward_chunk);
+        let split = parts.split;
+        let schedule = BlockSchedule::new(problem, kernels.backward_panel, TILE_N)?;
+        let cx = self.context(&schedule, inputs);
+        let given = backward::Given { grads: *given, split };
+
+        // dQ of every task, when the keys of a head are split.
+        let group = problem.group();
+        let mut dq_start = Vec::new();
+        let mut dq_total = 0;
+        if split {
+            for task in &parts.tasks {
+                dq_start.push(dq_total);
+                dq_total += group * (kernels.dq_len)(problem, problem.sequence(task.batch).seqlen_q);
+            }
+        }
+        let mut dq_parts = Buffer::new(dq_total);
+        let dq_parts = Shared(dq_parts.ptr());
+        let mut d_sinks = vec![0.0f64; if problem.sinks { problem.batch * problem.heads_q } else { 0 }];
+        let (mut tables, lanes) = TableParts::new(self, out, &parts.tasks);
+        let tasks: Vec<backward::Task> = parts
+            .tasks
+            .iter()
+            .enumerate()
+            .map(|(i, task)| backward::Task {
+                // In bounds: `dq_start` has one entry a task, each inside the buffer.
+                dq: Shared(dq_parts.get().wrapping_add(dq_start.get(i).copied().unwrap_or(0))),
+                tables: tables.of(lanes.lane(i)),
+                ..task.clone()
+            })
+            .collect();
+        let target = backward::Target {
+            dq: (Shared(out.dq.data_mut().as_mut_ptr()), out.dq.strides()),
+            dk: (Shared(out.dk.data_mut().as_mut_ptr()), out.dk.strides()),
+            dv: (Shared(out.dv.data_mut().as_mut_ptr()), out.dv.strides()),
+            d_sinks: Shared(d_sinks.as_mut_ptr()),
+        };
+        let workspace = || (kernels.backward_workspace)(problem, parts.longest, split);
+        // One lane's tasks share table gradients: they run one after the other, in order.
+        run_tasks(self.threads, lanes.count, workspace, |ws, lane| {
+            for task in lanes.tasks(lane, &tasks) {
+                // SAFETY: `kernels` are for an ISA of this CPU; tensors were checked against the problem; tasks
+                // write disjoint keys, dQ parts or heads, and table gradients of their own lane.
+                unsafe { (kernels.backward)(&cx, &given, &target, task, ws) }
+            }
+        });
+        if split {
+            let mut panels = Vec::new();
+            let mut first = 0;
+            while first < tasks.len() {
+                let task = &tasks[first];
+                let same = |t: &&backward::Task| (t.batch, t.kv_head) == (task.batch, task.kv_head);
+                let count = tasks[first..].iter().take_while(same).count();
+                let seqlen_q = problem.sequence(task.batch).seqlen_q;
+                let n = (kernels.dq_len)(problem, seqlen_q);
+                for i in 0..group {
+                    let start = Shared(task.dq.get().wrapping_add(i * n));
+                    for p in 0..seqlen_q.div_ceil(kernels.backward_panel) {
+                        panels.push((task.batch, task.kv_head * group + i, p, (start, group * n, count)));
+                    }
+                }
+                first += count;
+            }
+            run_tasks(self.threads, panels.len(), workspace, |ws, i| {
+                let (batch, head, p, parts) = panels[i];
+                // SAFETY: as above; every panel is reduced once, after all tasks have ended.
+                unsafe { (kernels.reduce)(problem, batch, head, p, parts, &target, ws) }
+            });
+        }
+        self.zero_unreached(out);
+        if let Some(out) = &mut out.d_sinks {
+            for (head, x) in out.iter_mut().enumerate() {
+                let sum: f64 = (0..problem.batch).map(|b| d_sinks[b * problem.heads_q + head]).sum();
+                *x = sum as f32;
+            }
+        }
+        tables.finish(&mut out.d_tables);
+        Ok(())
+    }
+
+    /// Gradients that no task writes: dQ of sequences without keys.
+    fn zero_unreached<T: Element>(&self, out: &mut Gradients<'_, T>) {
+        for b in 0..self.problem.batch {
+            let seq = self.problem.sequence(b);
+            if seq.seqlen_k > 0 {
+                continue;
+            }
+            for i in 0..seq.seqlen_q {
+                for head in 0..self.problem.heads_q {
+                    out.dq.row_mut(seq.batch, seq.q_row + i, head).fill(T::default());
+                }
+            }
+        }
+    }
+
+    fn context<'a, T: Element>(
+        &'a self,
+        schedule: &'a BlockSchedule,
+        inputs: &Inputs<'a, T>,
+    ) -> forward::Context<'a, T> {
+        forward::Context {
+            problem: &self.problem,
+            schedule,
+            program: &self.program,
+            dropper: self.problem.dropout.map(Dropper::new),
+            inputs: *inputs,
+        }
+    }
+
+    /// The tasks of the backward pass: every KV head of every sequence, its keys in several ranges where heads
+    /// are few and sequences long.
+    fn split_keys(&self, chunk: usize) -> Parts {
+        let problem = &self.problem;
+        let heads = problem.batch * problem.heads_kv;
+        let mut parts = Parts { tasks: Vec::new(), longest: 0, split: false };
+        for batch in 0..problem.batch {
+            let n = problem.sequence(batch).seqlen_k;
+            let ranges = MIN_TASKS.div_ceil(heads.max(1)).min(n / MIN_KEYS).max(1);
+            let ranges = if problem.grad_tables().is_empty() { ranges } else { 1 };
+            let keys = n.div_ceil(ranges).next_multiple_of(chunk).max(1);
+            for kv_head in 0..problem.heads_kv {
+                for start in (0..n).step_by(keys) {
+                    let keys = start..(start + keys).min(n);
+                    parts.longest = parts.longest.max(keys.len());
+                    parts.split |= keys.len() < n;
+                    let (dq, tables) = (Shared(std::ptr::null_mut()), backward::Tables::default());
+                    parts.tasks.push(backward::Task { batch, kv_head, keys, dq, tables });
+                }
+            }
+        }
+        parts
+    }
+}
+
+/// Keys of a backward task, at least, where the keys of a head are split.
+const MIN_KEYS: usize = 1024;
+
+struct Parts {
+    tasks: Vec<backward::Task>,
+    /// Keys of the longest task.
+    longest: usize,
+    /// Whether some head has more than one task.
+    split: bool,
+}
+
+/// Which tasks run one after the other because they add to the same table gradients.
+struct Lanes {
+    count: usize,
+    tasks: usize,
+}
+
+impl Lanes {
+    fn lane(&self, task: usize) -> usize {
+        task % self.count.max(1)
+    }
+
+    fn tasks<'t>(&self, lane: usize, tasks: &'t [backward::Task]) -> impl Iterator<Item = &'t backward::Task> {
+        debug_assert_eq!(self.tasks, tasks.len());
+        tasks.iter().skip(lane).step_by(self.count.max(1))
+    }
+}
+
+/// Table gradients of each lane. Their number is fixed, so the sum's order does not depend on the threads.
+struct TableParts {
+    lens: Vec<usize>,
+    lanes: Vec<Vec<Vec<f32>>>,
+}
+
+/// Lanes, at most, where tables want gradients: each has a copy of these tables.
+const MAX_LANES: usize = 8;
+/// Elements of all tables' gradients together beyond which there is one lane only.
+const MAX_LANE_ELEMENTS: usize = 1 << 22;
+
+impl TableParts {
+    fn new<T: Element>(plan: &Plan, out: &Gradients<'_, T>, tasks: &[backward::Task]) -> (Self, Lanes) {
+        let lens: Vec<usize> = out.d_tables.iter().map(|t| t.len()).collect();
+        if !plan.program.has_table_grads() {
+            let count = tasks.len();
+            return (TableParts { lens, lanes: Vec::new() }, Lanes { count, tasks: count });
+        }
+        let large = lens.iter().sum::<usize>() > MAX_LANE_ELEMENTS;
+        let count = if large { 1 } else { tasks.len().min(MAX_LANES) };
+        let lanes = (0..count).map(|_| lens.iter().map(|&n| vec![0.0; n]).collect()).collect();
+        (TableParts { lens, lanes }, Lanes { count, tasks: tasks.len() })
+    }
+
+    fn of(&mut self, lane: usize) -> backward::Tables {
+        let Some(lane) = self.lanes.get_mut(lane) else { return backward::Tables::default() };
+        backward::Tables(lane.iter_mut().map(|t| (Shared(t.as_mut_ptr()), t.len())).collect())
+    }
+
+    fn finish(self, out: &mut [&mut [f32]]) {
+        for (i, (out, n)) in out.iter_mut().zip(self.lens).enumerate() {
+            for (j, x) in out.iter_mut().enumerate().take(n) {
+                *x = self.lanes.iter().map(|lane| lane[i][j]).sum();
+            }
+        }
+    }
+}
+
+/// Runs tasks 0 .. n on up to `threads` threads, each with a workspace of its own, in order of their numbers.
+fn run_tasks<W>(threads: usize, n: usize, workspace: impl Fn() -> W + Sync, task: impl Fn(&mut W, usize) + Sync) {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut ws = None;
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n {
+                return;
+            }
+            task(ws.get_or_insert_with(&workspace), i);
+        }
+    };
+    let threads = threads.min(n);
+    if threads <= 1 {
+        return worker();
+    }
+    rayon::scope(|s| {
+        for _ in 1..threads {
+            s.spawn(|_| worker());
+        }
+        worker();
+    });
+}
