@@ -306,7 +306,8 @@ unsafe fn prepare_queries<E: Engine>(
             let rows = (seq.seqlen_q - q0).min(panel::<E>());
             let (q, o, d_o) = (q.skip(q0), o.skip(q0), d_o.skip(q0));
             let pack = ws.pack.ptr();
-            E::pack_q(q, rows, vectors, cx.negate(), ws.q.ptr().add(p * E::q_len(d, vectors)), pack);
+            let dst = ws.q.ptr().add(p * E::q_len(d, vectors));
+            E::pack_q(q, cx.query_rows(rows), vectors, cx.negate(), dst, pack);
             E::pack_q(d_o, rows, vectors, false, ws.d_o.ptr().add(p * E::q_len(dv, vectors)), pack);
             E::pack_right(q, rows, vectors, ws.q_right.ptr().add(p * E::right_len(d, vectors)));
             E::pack_right(d_o, rows, vectors, ws.do_right.ptr().add(p * E::right_len(dv, vectors)));

@@ -39,9 +39,15 @@ pub struct Context<'a, T> {
 }
 
 impl<T: Element> Context<'_, T> {
-    /// |scale|; its sign is folded into Q, so that a maximum stays a maximum.
+    /// |scale|; its sign is folded into Q, so that a maximum stays a maximum. A scale of 0 is folded in whole
+    /// ([`Context::query_rows`]), since 0 · −∞ would unmask.
     pub fn scale(&self) -> f32 {
-        self.problem.scale().abs()
+        if self.problem.scale() == 0.0 { 1.0 } else { self.problem.scale().abs() }
+    }
+
+    /// How many of `rows` queries are prepared for scores; the others, and all for a scale of 0, are taken as 0.
+    pub fn query_rows(&self, rows: usize) -> usize {
+        if self.problem.scale() == 0.0 { 0 } else { rows }
     }
 
     /// Whether Q is negated when prepared.
@@ -214,6 +220,7 @@ pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: 
         for p in 0..panels {
             let rows = (task.rows - p * panel::<E>()).min(panel::<E>());
             let dst = ws.q.ptr().add(p * q_len);
+            let rows = cx.query_rows(rows);
             E::pack_q(q.skip(p * panel::<E>()), rows, all, cx.negate(), dst, ws.pack.ptr());
             for i in p * panel::<E>()..(p + 1) * panel::<E>() {
                 *ws.row_max.ptr().add(i) = f32::NEG_INFINITY;

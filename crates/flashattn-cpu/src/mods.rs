@@ -196,7 +196,8 @@ impl ScoreProgram {
 
     /// Does a task on a strip of `S::LANES` queries.
     ///
-    /// Large, and inlined: to be called from few places, inside functions compiled for the instruction set of `S`.
+    /// Inlined, so that it is compiled for the instruction set of the calling function; and large (some 70 KiB of
+    /// code), so to be called from few places.
     ///
     /// # Safety
     /// The CPU has the instructions of `S`.

@@ -205,7 +205,6 @@ impl Plan {
                 unsafe { (kernels.reduce)(problem, batch, head, p, parts, &target, ws) }
             });
         }
-        self.zero_unreached(out);
         if let Some(out) = &mut out.d_sinks {
             for (head, x) in out.iter_mut().enumerate() {
                 let sum: f64 = (0..problem.batch).map(|b| d_sinks[b * problem.heads_q + head]).sum();
@@ -214,21 +213,6 @@ impl Plan {
         }
         tables.finish(&mut out.d_tables);
         Ok(())
-    }
-
-    /// Gradients that no task writes: dQ of sequences without keys.
-    fn zero_unreached<T: Element>(&self, out: &mut Gradients<'_, T>) {
-        for b in 0..self.problem.batch {
-            let seq = self.problem.sequence(b);
-            if seq.seqlen_k > 0 {
-                continue;
-            }
-            for i in 0..seq.seqlen_q {
-                for head in 0..self.problem.heads_q {
-                    out.dq.row_mut(seq.batch, seq.q_row + i, head).fill(T::default());
-                }
-            }
-        }
     }
 
     fn context<'a, T: Element>(
@@ -257,7 +241,8 @@ impl Plan {
             let ranges = if problem.grad_tables().is_empty() { ranges } else { 1 };
             let keys = n.div_ceil(ranges).next_multiple_of(chunk).max(1);
             for kv_head in 0..problem.heads_kv {
-                for start in (0..n).step_by(keys) {
+                // A sequence without keys has a task too: its dQ is 0, and its sinks have gradients.
+                for start in (0..n.max(1)).step_by(keys) {
                     let keys = start..(start + keys).min(n);
                     parts.longest = parts.longest.max(keys.len());
                     parts.split |= keys.len() < n;

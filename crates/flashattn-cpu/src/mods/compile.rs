@@ -352,7 +352,7 @@ impl Compiler<'_> {
         roots.iter().for_each(|&r| last[r] = usize::MAX);
 
         let mut registers = vec![SCORE; self.values.len()];
-        let mut free: Vec<u16> = Vec::new();
+        let mut free: Vec<u32> = Vec::new();
         let mut count = 0;
         let mut instructions = Vec::with_capacity(order.len());
         for (at, &v) in order.iter().enumerate() {
@@ -390,7 +390,7 @@ impl Compiler<'_> {
             tables: self.tables.to_vec(),
             update: update.map(arg),
             results: results.iter().map(|&r| arg(r)).collect(),
-            registers: usize::from(count),
+            registers: count as usize,
         }
     }
 }

@@ -111,7 +111,7 @@ impl<'r> Values<'r> {
         if arg.register == SCORE {
             return View { chunks: self.score, step };
         }
-        View { chunks: cast_slice(&self.registers[usize::from(arg.register)]), step }
+        View { chunks: cast_slice(&self.registers[arg.register as usize]), step }
     }
 }
 
@@ -145,9 +145,9 @@ pub(super) fn run<const L: usize, T: Transpose>(
             Spread::Full => full,
         };
         // Taken out, so that it can be written while others are read.
-        let mut to = std::mem::take(&mut scratch.registers[usize::from(instruction.to)]);
+        let mut to = std::mem::take(&mut scratch.registers[instruction.to as usize]);
         step::<L, T>(code, instruction, at, row, &mut to[..n], scratch.values(scores));
-        scratch.registers[usize::from(instruction.to)] = to;
+        scratch.registers[instruction.to as usize] = to;
     }
 }
 

@@ -6,16 +6,16 @@
 
 use flashattn_spec::expr::{Table, Var};
 
-/// With what a value varies inside a strip. Its register holds
+/// With what a value varies inside a strip, and so what its register holds.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Spread {
-    /// nothing: one chunk, all elements the same;
+    /// With nothing: one chunk, all elements the same.
     Uniform,
-    /// the query: one chunk, the `L` values over and over;
+    /// With the query: one chunk, the `L` values over and over.
     Lane,
-    /// the key: one element a row, densely;
+    /// With the key: one element a row, densely.
     Row,
-    /// both, or the score: one element for each element of the strip.
+    /// With both, or with the score: one element for each element of the strip.
     Full,
 }
 
@@ -36,12 +36,12 @@ impl Spread {
 }
 
 /// The register that stands for the scores themselves.
-pub(super) const SCORE: u16 = u16::MAX;
+pub(super) const SCORE: u32 = u32::MAX;
 
 /// A register that an instruction reads.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Arg {
-    pub register: u16,
+    pub register: u32,
     pub spread: Spread,
 }
 
@@ -180,7 +180,7 @@ pub(super) struct Load<T = Arg> {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Instruction {
     pub op: Op,
-    pub to: u16,
+    pub to: u32,
     pub spread: Spread,
     pub args: [Arg; 3],
 }

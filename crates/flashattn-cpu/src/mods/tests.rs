@@ -81,7 +81,8 @@ impl<'a> Reference<'a> {
                 let offset = tables[t.slot.index()].offset(t.index.map(|i| values[i.index()].as_int()));
                 e.tables.push((t.slot.index(), offset, values[t.derivative.index()].as_f64()));
             }
-            e.scale = values.iter().map(|v| v.as_f64().abs()).fold(1.0, f64::max);
+            let sizes = values.iter().map(|v| v.as_f64().abs()).filter(|x| x.is_finite());
+            e.scale = sizes.fold(1.0, f64::max);
         }
         e
     }
@@ -105,12 +106,45 @@ impl<const L: usize> Transpose for Plain<L> {
 
 /// The one copy of the interpreter for each width, as for a CPU without vectors.
 #[inline(never)]
-fn perform<const L: usize>(program: &ScoreProgram, at: &Strip, task: Task<'_, '_>, scratch: &mut Scratch) {
+fn plain<const L: usize>(program: &ScoreProgram, at: &Strip, task: Task<'_, '_>, scratch: &mut Scratch) {
     program.perform_lanes::<L, Plain<L>>(at, task, scratch);
 }
 
+type Perform = fn(&ScoreProgram, &Strip, Task<'_, '_>, &mut Scratch);
+
+/// As a kernel does it.
+#[cfg(target_arch = "x86_64")]
+fn avx512() -> Option<Perform> {
+    use crate::arch::avx512::Avx512;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+    fn vectors(program: &ScoreProgram, at: &Strip, task: Task<'_, '_>, scratch: &mut Scratch) {
+        // SAFETY: who calls this function has made sure of its features.
+        unsafe { program.perform::<Avx512>(at, task, scratch) }
+    }
+    let has = [
+        is_x86_feature_detected!("avx512f"),
+        is_x86_feature_detected!("avx512bw"),
+        is_x86_feature_detected!("avx512dq"),
+        is_x86_feature_detected!("avx512vl"),
+        is_x86_feature_detected!("fma"),
+    ];
+    // SAFETY: the CPU has what `vectors` was compiled for.
+    has.iter().all(|&x| x).then_some(|p, at, task, scratch| unsafe { vectors(p, at, task, scratch) })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn avx512() -> Option<Perform> {
+    None
+}
+
 /// Runs every task on every strip and compares.
-fn check<const L: usize>(score_mod: Option<&Traced>, mask: Option<&Traced>, rng: &mut SmallRng) {
+fn check<const L: usize>(
+    perform: Perform,
+    score_mod: Option<&Traced>,
+    mask: Option<&Traced>,
+    rng: &mut SmallRng,
+) {
     let scale = *[1.0f32, 0.73].choose(rng).unwrap();
     let program = ScoreProgram::new(score_mod, mask, scale).unwrap();
     let factor = if score_mod.is_some() { scale } else { 1.0 };
@@ -127,11 +161,11 @@ fn check<const L: usize>(score_mod: Option<&Traced>, mask: Option<&Traced>, rng:
         let d_out = (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect::<Vec<_>>();
         let (mut forward, mut unmasked, mut both) = (raw.clone(), raw.clone(), raw.clone());
         let (mut derivative, mut kept) = (vec![f32::NAN; n], raw.clone());
-        perform::<L>(&program, &at, Task::Apply { scores: &mut forward, masked: true }, &mut scratch);
-        perform::<L>(&program, &at, Task::Apply { scores: &mut unmasked, masked: false }, &mut scratch);
+        perform(&program, &at, Task::Apply { scores: &mut forward, masked: true }, &mut scratch);
+        perform(&program, &at, Task::Apply { scores: &mut unmasked, masked: false }, &mut scratch);
         let task = Task::ApplyWithDerivative { scores: &mut both, derivative: &mut derivative, masked: true };
-        perform::<L>(&program, &at, task, &mut scratch);
-        perform::<L>(&program, &at, Task::ZeroMasked { values: &mut kept }, &mut scratch);
+        perform(&program, &at, task, &mut scratch);
+        perform(&program, &at, Task::ZeroMasked { values: &mut kept }, &mut scratch);
 
         let tables = score_mod.map_or(&[][..], |m| &m.tables);
         let wanted = tables.iter().filter(|t| t.wants_grad()).collect::<Vec<_>>();
@@ -174,7 +208,7 @@ fn check<const L: usize>(score_mod: Option<&Traced>, mask: Option<&Traced>, rng:
         let mut grads = wanted.iter().map(|t| vec![0.0f32; t.data().len()]).collect::<Vec<_>>();
         let mut slices = grads.iter_mut().map(Vec::as_mut_slice).collect::<Vec<_>>();
         let task = Task::TableGrads { scores: &raw, d_scores: &d_scores, grads: &mut slices };
-        perform::<L>(&program, &at, task, &mut scratch);
+        perform(&program, &at, task, &mut scratch);
         for (got, expected) in grads.iter().flatten().zip(expected_grads.iter().flatten()) {
             let tolerance = 1e-5 * grad_scale * (n as f64).max(1.0).sqrt();
             assert!(close(*got, *expected, tolerance), "{name}: {at:?}: {got} {expected}");
@@ -183,9 +217,12 @@ fn check<const L: usize>(score_mod: Option<&Traced>, mask: Option<&Traced>, rng:
 }
 
 fn check_all(score_mod: Option<&Traced>, mask: Option<&Traced>, rng: &mut SmallRng) {
-    check::<4>(score_mod, mask, rng);
-    check::<8>(score_mod, mask, rng);
-    check::<16>(score_mod, mask, rng);
+    check::<4>(plain::<4>, score_mod, mask, rng);
+    check::<8>(plain::<8>, score_mod, mask, rng);
+    check::<16>(plain::<16>, score_mod, mask, rng);
+    if let Some(perform) = avx512() {
+        check::<16>(perform, score_mod, mask, rng);
+    }
 }
 
 fn floats(dims: &[usize], rng: &mut SmallRng) -> Table {
@@ -435,7 +472,10 @@ fn special_floats() {
     check_all(Some(&floor), None, rng);
     let divisions = Expr::trace_mask(|ix| {
         let (a, b) = (ix.q * 91_234_567, (ix.kv - 75) * 7);
-        ((a / b).eq(ix.kv) | (a % b).lt(3)) ^ (a / 16).lt(a % 16) ^ ((a | i32::MIN) / (ix.kv - 75)).lt(5)
+        ((a / b).eq(ix.kv) | (a % b).lt(3))
+            ^ (a / 16).lt(a % 16)
+            ^ ((a | i32::MIN) / (ix.kv - 75)).lt(5)
+            ^ (a % i32::MIN).lt(a / i32::MIN)
     });
     check_all(None, Some(&divisions.unwrap()), rng);
 }

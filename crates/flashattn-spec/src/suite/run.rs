@@ -268,6 +268,7 @@ fn compare<T: Element>(
         q: rms(&tensors.q.to_f64()),
         k: rms(&tensors.k.to_f64()),
         v: rms(&tensors.v.to_f64()),
+        o: rms(&expected[0]),
         d_o: rms(&tensors.d_o.to_f64()),
         head_dim_v: p.head_dim_v,
         queries_per_key: p.seqlen_q * p.group(),
