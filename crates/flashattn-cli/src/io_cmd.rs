@@ -3,7 +3,7 @@
 use crate::options::{self, length, si};
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum, ValueHint};
-use comfy_table::{CellAlignment, LineStyle, Table, TableStyle};
+use comfy_table::{CellAlignment, Table};
 use flashattn_spec::io::{Algorithm, Bound, Device, IoModel, IoReport, LoopOrder, Pass, Tiling};
 use flashattn_spec::mask::Mask;
 use flashattn_spec::{AttentionProblem, DType, Dropout};
@@ -280,13 +280,8 @@ fn describe(args: &IoArgs, device: &Device) -> String {
     text
 }
 
-/// A line below the header and no other.
-const LINES: TableStyle = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
-
 fn table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_style(LINES);
-    table.set_header([
+    let mut table = options::table(&[
         "N",
         "attention",
         "FLOP",
@@ -321,9 +316,7 @@ fn table(rows: &[Row]) -> Table {
 }
 
 fn tensor_table(rows: &[Row]) -> Table {
-    let mut table = Table::new();
-    table.load_style(LINES);
-    table.set_header(["N", "attention", "tensor", "read", "written", "from cache"]);
+    let mut table = options::table(&["N", "attention", "tensor", "read", "written", "from cache"]);
     for row in rows {
         for t in &row.report.tensors {
             let bytes = |x: u128| format!("{}B", si(x as f64));

@@ -1,7 +1,16 @@
 //! `flashattn`: FlashAttention on the command line.
 
+mod attention;
+mod bench;
+mod check_cmd;
+mod demo;
 mod io_cmd;
+mod memory;
 mod options;
+mod plot;
+mod problem;
+mod run_cmd;
+mod tensor_file;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::io;
@@ -15,8 +24,19 @@ struct Cli {
     command: Command,
 }
 
+#[global_allocator]
+static ALLOCATOR: memory::Counting = memory::Counting;
+
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run attention of two trained models on a real text: is it exact, how fast, how much memory?
+    Demo(demo::DemoArgs),
+    /// Compute attention, or its gradients, of tensors in files
+    Run(Box<run_cmd::RunArgs>),
+    /// Put every case of the test corpus to a device
+    Check(check_cmd::CheckArgs),
+    /// Time passes over a grid of sizes
+    Bench(Box<bench::BenchArgs>),
     /// Count what attention computes and moves, and which of the two takes longer
     Io(Box<io_cmd::IoArgs>),
     /// Print completions for a shell
@@ -30,6 +50,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Run(args) => run_cmd::run(&args),
+        Command::Check(args) => check_cmd::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Io(args) => io_cmd::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "flashattn", &mut io::stdout());

@@ -1,7 +1,13 @@
 //! What subcommands share: values of options, and numbers for people.
 
+use anyhow::{Result as AnyResult, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
+use comfy_table::{LineStyle, Table, TableStyle};
+use flashattn_cpu::arch::Isa;
+use flashattn_cpu::plan::Options;
 use flashattn_spec::DType;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 
 /// Parser of `--dtype`, for the executors' types.
 pub fn dtype() -> impl TypedValueParser<Value = DType> {
@@ -11,6 +17,133 @@ pub fn dtype() -> impl TypedValueParser<Value = DType> {
         _ => DType::F32,
     })
 }
+
+/// Options of subcommands that compute.
+#[derive(clap::Args, Clone, Debug)]
+pub struct CpuArgs {
+    /// Where to compute
+    #[arg(long, default_value = "cpu", value_parser = ["cpu"])]
+    pub device: String,
+    /// Instruction set, instead of the best of this CPU
+    #[arg(long, value_parser = isa())]
+    pub isa: Option<Isa>,
+    /// Threads, instead of one for each core
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+impl CpuArgs {
+    /// The executor's options.
+    ///
+    /// # Errors
+    /// If this CPU lacks the instruction set.
+    pub fn options(&self) -> AnyResult<Options> {
+        let all = Isa::available();
+        if let Some(isa) = self.isa {
+            let names: Vec<String> = all.iter().map(Isa::to_string).collect();
+            ensure!(all.contains(&isa), "--isa {isa}: this CPU has {} only", names.join(", "));
+        }
+        Ok(Options { isa: self.isa, threads: Some(self.threads()) })
+    }
+
+    /// How many threads compute.
+    pub fn threads(&self) -> usize {
+        self.threads.map_or_else(cores, usize::from)
+    }
+}
+
+/// Threads that the machine runs at once.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Starts so many threads for rayon; at most once in a process, before anything is computed.
+///
+/// # Errors
+/// If the system refuses threads.
+pub fn start_threads(threads: usize) -> AnyResult<()> {
+    Ok(rayon::ThreadPoolBuilder::new().num_threads(threads).build_global()?)
+}
+
+/// A progress bar on standard error; hidden where that is not a terminal.
+pub fn progress(length: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {wide_msg}");
+    ProgressBar::new(length).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// A table with a line below its header and no other.
+pub fn table(header: &[&str]) -> Table {
+    const LINES: TableStyle = TableStyle::new().header_separator(LineStyle::none().fill('─').junction('─'));
+    let mut table = Table::new();
+    table.load_style(LINES);
+    table.set_header(header.to_vec());
+    table
+}
+
+fn isa() -> impl TypedValueParser<Value = Isa> {
+    const ALL: [Isa; 5] = [Isa::Scalar, Isa::Neon, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    PossibleValuesParser::new(["scalar", "neon", "avx2", "avx512", "amx"])
+        .map(|name| ALL.into_iter().find(|isa| isa.to_string() == name).unwrap_or(Isa::Scalar))
+}
+
+/// Which passes run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum Pass {
+    /// Forward: o and lse
+    Fwd,
+    /// Backward: dq, dk and dv, from o and lse
+    Bwd,
+    /// Forward, then backward
+    FwdBwd,
+}
+
+impl Pass {
+    /// Whether it computes o.
+    pub fn has_forward(self) -> bool {
+        self != Pass::Bwd
+    }
+
+    /// Whether it computes gradients.
+    pub fn has_backward(self) -> bool {
+        self != Pass::Fwd
+    }
+}
+
+impl std::fmt::Display for Pass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Pass::Fwd => "fwd",
+            Pass::Bwd => "bwd",
+            Pass::FwdBwd => "fwd_bwd",
+        })
+    }
+}
+
+/// Runs `$body` with `$t` standing for the Rust type of a dtype of the executors.
+macro_rules! with_dtype {
+    ($dtype:expr, $t:ident => $body:expr) => {
+        match $dtype {
+            flashattn_spec::DType::F16 => {
+                type $t = half::f16;
+                $body
+            }
+            flashattn_spec::DType::Bf16 => {
+                type $t = half::bf16;
+                $body
+            }
+            flashattn_spec::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            flashattn_spec::DType::F64 => {
+                anyhow::bail!("dtype f64 is the oracle's alone; give f32, bf16 or f16")
+            }
+        }
+    };
+}
+pub(crate) use with_dtype;
 
 /// Parser of a length or a size in bytes: `4096`, `4k` (4096), `1M` (1048576).
 pub fn count(text: &str) -> Result<usize, String> {

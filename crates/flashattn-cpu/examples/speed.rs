@@ -22,6 +22,15 @@ fn run<T: Element>(n: usize, d: usize, causal: bool, isa: Isa) {
         plan.forward(&inputs, &mut Outputs { o: ViewMut::with_strides(&mut o, shape, st).unwrap(), lse: &mut lse }).unwrap();
         best = best.min((cpu() - t) / 2.0);
     }
+    let d_o = mk(4); let (mut dq, mut dk, mut dv) = (vec![T::default(); n*h*d], vec![T::default(); n*h*d], vec![T::default(); n*h*d]);
+    let mut bb = f64::INFINITY;
+    let threads = 2.0;
+    if std::env::var("BWD").is_ok() { for _ in 0..(reps / 3).max(2) {
+        let t = cpu();
+        plan.backward(&inputs, &GradInputs { o: View::with_strides(&o, shape, st).unwrap(), lse: &lse, d_o: View::with_strides(&d_o, shape, st).unwrap(), d_lse: None }, &mut Gradients { dq: ViewMut::with_strides(&mut dq, shape, st).unwrap(), dk: ViewMut::with_strides(&mut dk, shape, st).unwrap(), dv: ViewMut::with_strides(&mut dv, shape, st).unwrap(), d_sinks: None, d_tables: vec![] }).unwrap();
+        bb = bb.min((cpu() - t) / threads);
+    } let fl = 10.0 * (h * n * n * d) as f64 * if causal { 0.5 } else { 1.0 };
+    println!("   backward {:.2} ms {:.0} GF/s", bb * 1e3, fl / bb / 1e9); }
     // check a few rows
     let scale = 1.0 / (d as f64).sqrt(); let mut err = 0f64; let mut ref_max = 0f64;
     for &(hh, i) in &[(0, 0), (1, n / 3), (7, n - 1), (3, 17)] {
@@ -39,7 +48,7 @@ fn run<T: Element>(n: usize, d: usize, causal: bool, isa: Isa) {
     println!("{:?} n={n} d={d} causal={causal} {isa}: {:.2} ms  {:.0} GF/s  err {err:.1e} of {ref_max:.2}", T::DTYPE, best * 1e3, fl / best / 1e9);
 }
 fn cpu() -> f64 { let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 }; unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut t) }; t.tv_sec as f64 + t.tv_nsec as f64 * 1e-9 }
-fn main() { if let Some(x) = std::env::args().nth(1) { if x == "f" { run::<f32>(512,64,false,Isa::Avx512); run::<f32>(2048,64,false,Isa::Avx512); run::<f32>(2048,128,false,Isa::Avx512); return; } }
+fn main() { if let Some(x) = std::env::args().nth(1) { if x == "m" { for (n, d) in [(2048,64),(2048,128)] { run::<half::bf16>(n,d,false,Isa::Amx); } return; } if x == "a" { for (n, d) in [(512,64),(2048,64),(8192,64),(2048,128)] { for c in [false,true] { run::<half::bf16>(n,d,c,Isa::Amx); } } return; } if x == "f" { run::<f32>(512,64,false,Isa::Avx512); run::<f32>(2048,64,false,Isa::Avx512); run::<f32>(2048,128,false,Isa::Avx512); return; } }
     for (n, d) in [(512, 64), (2048, 64), (2048, 128), (4096, 64)] { for c in [false, true] {
         run::<f32>(n, d, c, Isa::Avx512);
         run::<half::bf16>(n, d, c, Isa::Amx);

@@ -65,6 +65,10 @@ pub trait Engine: Copy + Send + Sync + 'static {
     const ROW_MULTIPLE: usize;
     /// Products are computed for a multiple of this many vectors of queries.
     const VECTOR_MULTIPLE: usize;
+    /// Whether [`Engine::fused`] does anything.
+    const FUSED: bool = false;
+    /// Whether K and V are worth preparing once for all queries.
+    const PREPARE: bool = false;
     /// Whether P and dS as operands are the f32 scores themselves, in place.
     const IN_PLACE: bool;
 
@@ -110,6 +114,20 @@ pub trait Engine: Copy + Send + Sync + 'static {
     /// next `ROW_MULTIPLE` may be written with anything.
     unsafe fn scores(k: Left, rows: usize, dim: usize, q: *const f32, vectors: usize, s: *mut f32, s_rows: usize);
 
+    /// Scores, exponentials and sums of a whole stretch of keys that no mask or score mod changes, with the maximum of
+    /// earlier keys as the reference, while the product of an earlier panel that is still due is done beside them
+    /// (and is done when it returns). Returns whether every score was less than 2^[`HEADROOM`] above its reference;
+    /// if not, the statistics are unchanged and the stretch must be done again with its true maximum.
+    ///
+    /// The exact result is kept: any reference cancels in O / l, and the headroom keeps sums far from overflow.
+    unsafe fn fused(_step: FusedStep, _late: &mut Late) -> bool {
+        false
+    }
+    /// Does what is left of a late product.
+    unsafe fn finish(_late: &mut Late) {}
+    /// The operands that `pack_k` and `pack_vt` have left in memory, made for `keys` keys.
+    unsafe fn prepared(k: *mut f32, vt: *mut f32, keys: usize) -> (Left, Left);
+
     /// f32 slots of P or dS of `rows` keys as right operand over keys (0 if in place).
     fn p_len(vectors: usize, rows: usize) -> usize;
     /// Stores keys row, row + 1 (row even) of query vector v, for Oᵀ += Vᵀ Pᵀ. `rows`: as made with.
@@ -154,6 +172,66 @@ pub trait Engine: Copy + Send + Sync + 'static {
         dim: usize,
         c: *mut f32,
     );
+}
+
+/// See [`Engine::fused`].
+pub const HEADROOM: f32 = 8.0;
+
+/// What [`Engine::fused`] works on.
+#[derive(Clone, Copy, Debug)]
+pub struct FusedStep {
+    /// Keys, and how many: a multiple of `ROW_MULTIPLE`.
+    pub k: Left,
+    /// Number of keys.
+    pub rows: usize,
+    /// head_dim.
+    pub dim: usize,
+    /// The panel's queries.
+    pub q: *const f32,
+    /// Memory for scores.
+    pub s: *mut f32,
+    /// Where P goes, made for `p_rows` keys.
+    pub p: *mut f32,
+    /// See `p`.
+    pub p_rows: usize,
+    /// From score to exponent of 2.
+    pub factor: f32,
+    /// Reference of each query, base 2.
+    pub reference: *const f32,
+    /// Sum of each query.
+    pub sum: *mut f32,
+}
+
+/// Oᵀ += Vᵀ Pᵀ of a panel, to be done beside later work; and how far it is.
+#[derive(Clone, Copy, Debug)]
+pub struct LateProduct {
+    /// V.
+    pub vt: Left,
+    /// Keys.
+    pub keys: usize,
+    /// P, made for `p_rows` keys.
+    pub p: *const f32,
+    /// See `p`.
+    pub p_rows: usize,
+    /// Oᵀ.
+    pub o: *mut f32,
+    /// Rows of Oᵀ.
+    pub o_rows: usize,
+    /// Block of Oᵀ under way.
+    pub block: usize,
+    /// Step of the contraction to come.
+    pub step: usize,
+}
+
+/// A product that is due, if any.
+#[derive(Debug, Default)]
+pub struct Late(pub Option<LateProduct>);
+
+impl Late {
+    /// Steps left, for blocks of 32 rows and `depth` keys a step.
+    pub fn steps(&self, depth: usize) -> usize {
+        self.0.map_or(0, |job| job.o_rows / 32 * job.keys.div_ceil(depth))
+    }
 }
 
 /// The vector type of an engine.
@@ -338,6 +416,10 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
     #[inline(always)]
     unsafe fn skip_vt(vt: Left, start: usize) -> Left {
         Left { ptr: vt.ptr.wrapping_add(start * vt.stride), ..vt }
+    }
+    unsafe fn prepared(k: *mut f32, vt: *mut f32, _keys: usize) -> (Left, Left) {
+        // Never asked for: rows are read as they lie, or prepared for each tile.
+        (Left { ptr: k, stride: 0 }, Left { ptr: vt, stride: 0 })
     }
     fn right_len(dim: usize, vectors: usize) -> usize {
         vectors * S::LANES * round_up(dim, S::LANES)

@@ -14,7 +14,7 @@
 //! (2) Blocks that the schedule skips are never touched, and only partial blocks are masked. (3) Where V holds
 //! Inf or NaN, a partial block is multiplied element by element, so that 0 · NaN of a hidden key reaches no row.
 
-use crate::engine::{Engine, Rows, Shape, load};
+use crate::engine::{Engine, FusedStep, Late, LateProduct, Left, Rows, Shape, load};
 use crate::gemm::Init;
 use crate::memory::{Buffer, Shared};
 use crate::mods::{Dropper, Scratch, ScoreProgram, Strip, Task as Modify};
@@ -36,6 +36,53 @@ pub struct Context<'a, T> {
     pub dropper: Option<Dropper>,
     /// q, k, v, sinks.
     pub inputs: Inputs<'a, T>,
+    /// K and V of every chunk, where they are prepared once for all tiles.
+    pub prepared: Option<Prepared>,
+}
+
+/// K and V of all sequences and KV heads, prepared in chunks.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    /// Memory, and f32 slots of a chunk: K, then V.
+    pub memory: Shared<f32>,
+    /// See `memory`.
+    pub chunk_len: usize,
+    /// First chunk of each sequence's first head; a head's chunks follow one another.
+    pub first_chunk: Vec<usize>,
+}
+
+impl Prepared {
+    /// Where the chunk of `keys` first key `start` of (sequence, KV head) is.
+    fn chunk(&self, batch: usize, kv_head: usize, seqlen_k: usize, start: usize, chunk: usize) -> *mut f32 {
+        let number = self.first_chunk[batch] + kv_head * seqlen_k.div_ceil(chunk) + start / chunk;
+        self.memory.get().wrapping_add(number * self.chunk_len)
+    }
+}
+
+/// f32 slots of a prepared chunk, and how many of them are K.
+pub fn prepared_len<E: Engine>(problem: &AttentionProblem) -> (usize, usize) {
+    let k = E::k_len(problem.head_dim, E::FORWARD.chunk);
+    (k + E::vt_len(problem.head_dim_v, E::FORWARD.chunk), k)
+}
+
+/// Prepares one chunk of K and V.
+///
+/// # Safety
+/// As [`tile`]; no other thread prepares the same chunk.
+#[inline(always)]
+pub unsafe fn prepare<E: Engine>(cx: &Context<'_, E::T>, batch: usize, kv_head: usize, start: usize) {
+    let Some(prepared) = &cx.prepared else { return };
+    let seq = cx.problem.sequence(batch);
+    let chunk = E::FORWARD.chunk;
+    let rows = (seq.seqlen_k - start).min(chunk);
+    let k = Rows::of(&cx.inputs.k, seq.batch, seq.kv_row + start, kv_head);
+    let v = Rows::of(&cx.inputs.v, seq.batch, seq.kv_row + start, kv_head);
+    let at = prepared.chunk(batch, kv_head, seq.seqlen_k, start, chunk);
+    // SAFETY: the caller's.
+    unsafe {
+        E::pack_k(k, rows, at);
+        E::pack_vt(v, rows, chunk, at.add(prepared_len::<E>(cx.problem).1));
+    }
 }
 
 impl<T: Element> Context<'_, T> {
@@ -126,7 +173,8 @@ impl Workspace {
             k: Buffer::new(E::k_len(d, E::FORWARD.chunk)),
             vt: Buffer::new(E::vt_len(dv, E::FORWARD.chunk)),
             s: Buffer::new(E::FORWARD.chunk * panel::<E>()),
-            p: Buffer::new(E::p_len(E::FORWARD.vectors, E::FORWARD.chunk)),
+            // One for the stretch at hand, two that fused stretches fill in turn.
+            p: Buffer::new(3 * E::p_len(E::FORWARD.vectors, E::FORWARD.chunk)),
             row_max: Buffer::new(panels * panel::<E>()),
             row_sum: Buffer::new(panels * panel::<E>()),
             alpha: Buffer::new(panel::<E>()),
@@ -231,6 +279,9 @@ pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: 
                 seen.end = seen.end.max(last.n_blocks().end * tile_n).min(seq.seqlen_k);
             }
         }
+        let plain = !cx.program.has_score_mod() && cx.dropper.is_none();
+        let mut late = Late::default();
+        let mut side = 1;
         // A panel's O is written by its first product, so it needs no clearing.
         let mut started = [false; 64];
         debug_assert!(panels <= started.len());
@@ -239,62 +290,84 @@ pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: 
         while chunk < seen.end {
             let keys = chunk..(chunk + E::FORWARD.chunk).min(seq.seqlen_k);
             chunk += E::FORWARD.chunk;
-            let mut prepared = None;
+            let mut operands = None;
+            let mut finite = None;
             for p in 0..panels {
                 let rows = (task.rows - p * panel::<E>()).min(panel::<E>());
                 let vectors = rows.div_ceil(l);
                 for (part, runs) in Stretches::new(row(p), tile_n, keys.clone()) {
-                    if prepared.is_none() {
-                        let kc = E::pack_k(k.skip(keys.start), keys.len(), ws.k.ptr());
-                        let vc = E::pack_vt(v.skip(keys.start), keys.len(), step, ws.vt.ptr());
-                        let finite = !cx.program.has_mask() || all_finite::<E::S, E::T>(v.skip(keys.start), keys.len());
-                        prepared = Some((kc, vc, finite));
+                    if operands.is_none() {
+                        operands = Some(match &cx.prepared {
+                            Some(all) => {
+                                let at = all.chunk(task.batch, kv_head, seq.seqlen_k, keys.start, step);
+                                E::prepared(at, at.add(prepared_len::<E>(cx.problem).1), step)
+                            }
+                            None => {
+                                let kc = E::pack_k(k.skip(keys.start), keys.len(), ws.k.ptr());
+                                (kc, E::pack_vt(v.skip(keys.start), keys.len(), step, ws.vt.ptr()))
+                            }
+                        });
                     }
-                    let Some((kc, vc, finite)) = prepared else { unreachable!("prepared above") };
-                    let start = part.start - keys.start;
-                    let s = ws.s.ptr();
-                    let vectors = vectors.next_multiple_of(E::VECTOR_MULTIPLE);
-                    E::scores(E::skip_k(kc, start, d), part.len(), d, ws.q.ptr().add(p * q_len), vectors, s, step);
-                    let q0 = task.q0 + p * panel::<E>();
-                    for v in 0..vectors {
-                        let s = s.add(v * E::FORWARD.chunk * l);
-                        modify::<E>(cx, &seq, task, q0 + v * l, &part, runs, s, &mut ws.mods);
-                    }
-                    let partial = runs.iter().any(|r| r.kind == BlockKind::Partial);
-                    let careful = partial && !finite;
-                    let stats = p * panel::<E>();
-                    let mut moved = false;
-                    for v in 0..vectors {
-                        let at = stats + v * l;
-                        moved |= softmax::<E>(
-                            cx,
-                            cx.strip(&seq, task.batch, task.head, q0 + v * l, part.clone()),
-                            Stats {
-                                max: ws.row_max.ptr().add(at),
-                                sum: ws.row_sum.ptr().add(at),
-                                alpha: ws.alpha.ptr().add(v * l),
-                            },
-                            s.add(v * E::FORWARD.chunk * l),
-                            if E::IN_PLACE { s } else { ws.p.ptr() },
-                            v,
-                            careful,
-                        );
-                    }
-                    let init = match (started[p], moved) {
-                        (false, _) => Init::Zero,
-                        (true, false) => Init::Add,
-                        (true, true) => Init::Scale(ws.alpha.ptr()),
-                    };
-                    started[p] = true;
+                    let Some((kc, vc)) = operands else { unreachable!("prepared above") };
                     let o = ws.o.ptr().add(p * o_len);
-                    if careful {
-                        careful_o::<E>(cx, &seq, task, q0, rows, &part, v, s, o, init);
-                    } else {
-                        let pp = if E::IN_PLACE { s } else { ws.p.ptr() };
-                        E::accumulate_o(E::skip_vt(vc, start), part.len(), dv, pp, step, vectors, o, init);
+                    let q = ws.q.ptr().add(p * q_len);
+                    let q0 = task.q0 + p * panel::<E>();
+                    let vectors = vectors.next_multiple_of(E::VECTOR_MULTIPLE);
+                    let mut part = part;
+                    if E::FUSED && plain && runs.iter().all(|r| r.kind == BlockKind::Full) {
+                        // The first keys set the reference, the others follow in one go.
+                        if !started[p] && part.len() > E::ROW_MULTIPLE {
+                            let first = part.start..part.start + E::ROW_MULTIPLE;
+                            part.start = first.end;
+                            let (kc, vc) = skip::<E>((kc, vc), first.start - keys.start, d);
+                            let at = Stretch { keys: first, runs, q0, rows, vectors, p };
+                            separate::<E>(cx, &seq, task, (kc, vc), q, o, &at, None, &mut started[p], ws);
+                        }
+                        if started[p] && part.len().is_multiple_of(E::ROW_MULTIPLE) {
+                            let (kc, vc) = skip::<E>((kc, vc), part.start - keys.start, d);
+                            side = 3 - side;
+                            let probabilities = ws.p.ptr().add(side * E::p_len(all, step));
+                            let fused = FusedStep {
+                                k: kc,
+                                rows: part.len(),
+                                dim: d,
+                                q,
+                                s: ws.s.ptr(),
+                                p: probabilities,
+                                p_rows: step,
+                                factor: cx.scale() * LOG2_E,
+                                reference: ws.row_max.ptr().add(p * panel::<E>()),
+                                sum: ws.row_sum.ptr().add(p * panel::<E>()),
+                            };
+                            if E::fused(fused, &mut late) {
+                                late.0 = Some(LateProduct {
+                                    vt: vc,
+                                    keys: part.len(),
+                                    p: probabilities,
+                                    p_rows: step,
+                                    o,
+                                    o_rows: E::o_rows(dv),
+                                    block: 0,
+                                    step: 0,
+                                });
+                                continue;
+                            }
+                        }
                     }
+                    E::finish(&mut late);
+                    let partial = runs.iter().any(|r| r.kind == BlockKind::Partial);
+                    if partial && finite.is_none() {
+                        finite = Some(all_finite::<E::S, E::T>(v.skip(keys.start), keys.len()));
+                    }
+                    let careful = partial && finite == Some(false);
+                    let operands = skip::<E>((kc, vc), part.start - keys.start, d);
+                    let at = Stretch { keys: part, runs, q0, rows, vectors, p };
+                    let careful = careful.then_some(v);
+                    separate::<E>(cx, &seq, task, operands, q, o, &at, careful, &mut started[p], ws);
                 }
             }
+            // The chunk's V may be overwritten next.
+            E::finish(&mut late);
         }
         for p in 0..panels {
             let rows = (task.rows - p * panel::<E>()).min(panel::<E>());
@@ -305,12 +378,83 @@ pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: 
     }
 }
 
+/// K and V from a key of the chunk on.
+#[inline(always)]
+fn skip<E: Engine>((k, v): (Left, Left), start: usize, dim: usize) -> (Left, Left) {
+    // SAFETY: only pointer arithmetic inside the chunk.
+    unsafe { (E::skip_k(k, start, dim), E::skip_vt(v, start)) }
+}
+
+/// A stretch of keys for one panel.
+struct Stretch<'r> {
+    keys: Range<usize>,
+    runs: &'r [Run],
+    /// First query, how many there are, and in how many vectors.
+    q0: usize,
+    rows: usize,
+    vectors: usize,
+    /// Panel number.
+    p: usize,
+}
+
+/// One stretch, step by step: scores, score mod and mask, softmax, output. `careful` is V where it is not finite.
+///
+/// # Safety
+/// As [`tile`]; `operands` are K and V from the stretch's first key on.
+#[inline(always)]
+unsafe fn separate<E: Engine>(
+    cx: &Context<'_, E::T>,
+    seq: &Sequence,
+    task: Task,
+    operands: (Left, Left),
+    q: *const f32,
+    o: *mut f32,
+    at: &Stretch<'_>,
+    careful: Option<Rows<E::T>>,
+    started: &mut bool,
+    ws: &mut Workspace,
+) {
+    let l = <E::S as Simd>::LANES;
+    let step = E::FORWARD.step;
+    let (d, dv) = (cx.problem.head_dim, cx.problem.head_dim_v);
+    let n = at.keys.len();
+    let s = ws.s.ptr();
+    let probabilities = if E::IN_PLACE { s } else { ws.p.ptr() };
+    // SAFETY: buffers hold a panel by a chunk.
+    unsafe {
+        E::scores(operands.0, n, d, q, at.vectors, s, step);
+        let mut moved = false;
+        for v in 0..at.vectors {
+            let s = s.add(v * step * l);
+            modify::<E>(cx, seq, task, at.q0 + v * l, &at.keys, at.runs, s, &mut ws.mods);
+            let stats = at.p * panel::<E>() + v * l;
+            let stats = Stats {
+                max: ws.row_max.ptr().add(stats),
+                sum: ws.row_sum.ptr().add(stats),
+                alpha: ws.alpha.ptr().add(v * l),
+            };
+            let strip = cx.strip(seq, task.batch, task.head, at.q0 + v * l, at.keys.clone());
+            moved |= softmax::<E>(cx, strip, stats, s, probabilities, v, careful.is_some());
+        }
+        let init = match (*started, moved) {
+            (false, _) => Init::Zero,
+            (true, false) => Init::Add,
+            (true, true) => Init::Scale(ws.alpha.ptr()),
+        };
+        *started = true;
+        match careful {
+            Some(v) => careful_o::<E>(cx, seq, task, at.q0, at.rows, &at.keys, v, s, o, init),
+            None => E::accumulate_o(operands.1, n, dv, probabilities, step, at.vectors, o, init),
+        }
+    }
+}
+
 /// Score mod and mask on the scores of one vector of queries.
 ///
 /// # Safety
 /// `s` holds CHUNK rows of LANES.
 #[inline(always)]
-unsafe fn modify<E: Engine>(
+pub unsafe fn modify<E: Engine>(
     cx: &Context<'_, E::T>,
     seq: &Sequence,
     task: Task,
@@ -343,10 +487,13 @@ unsafe fn modify<E: Engine>(
 }
 
 /// Running statistics of one vector of queries: maximum (base 2) and sum, and the factor by which O shrinks.
-struct Stats {
-    max: *mut f32,
-    sum: *mut f32,
-    alpha: *mut f32,
+pub struct Stats {
+    /// Maximum, or another reference.
+    pub max: *mut f32,
+    /// Sum of 2^(score − reference).
+    pub sum: *mut f32,
+    /// Written: what earlier output is to be multiplied by.
+    pub alpha: *mut f32,
 }
 
 /// One step of online softmax over `at.rows` keys for vector `v`: updates the statistics, writes P, and returns
@@ -355,7 +502,7 @@ struct Stats {
 /// # Safety
 /// `s` and `p` have the engine's layout; the statistics are valid for a vector each.
 #[inline(always)]
-unsafe fn softmax<E: Engine>(
+pub unsafe fn softmax<E: Engine>(
     cx: &Context<'_, E::T>,
     at: Strip,
     stats: Stats,
@@ -580,7 +727,7 @@ pub unsafe fn write_transposed<E: Engine>(
 
 /// Joins a sink logit (base 2) to a row's statistics: the factor for what was summed so far, the new maximum and
 /// sum. A row that sees nothing has lse = sink.
-fn with_sink(max: f32, sum: f32, sink: f32) -> (f32, f32, f32) {
+pub fn with_sink(max: f32, sum: f32, sink: f32) -> (f32, f32, f32) {
     let new = max.max(sink);
     if new == f32::NEG_INFINITY {
         return (1.0, max, sum);

@@ -1,6 +1,7 @@
 //! FlashAttention on CPUs.
 pub mod arch;
 pub mod backward;
+pub mod decode;
 pub mod engine;
 pub mod executor;
 pub mod forward;

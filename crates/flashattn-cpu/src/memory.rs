@@ -1,7 +1,9 @@
 //! Scratch memory of one thread: 64-byte aligned, allocated once a call and reused from task to task.
 
+use std::sync::{Mutex, PoisonError};
+
 /// One cache line of f32.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
@@ -12,7 +14,7 @@ pub struct Buffer(Vec<Line>);
 impl Buffer {
     /// A zeroed buffer of at least `len` f32.
     pub fn new(len: usize) -> Self {
-        Buffer(vec![Line([0.0; 16]); len.div_ceil(16)])
+        Buffer(bytemuck::zeroed_vec(len.div_ceil(16)))
     }
 
     /// First element.
@@ -23,6 +25,30 @@ impl Buffer {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         self.0.len() * 64
+    }
+}
+
+/// Things that are costly to make, kept for the next call.
+#[derive(Debug)]
+pub struct Pool<T>(Mutex<Vec<T>>);
+
+impl<T> Default for Pool<T> {
+    fn default() -> Self {
+        Pool(Mutex::new(Vec::new()))
+    }
+}
+
+impl<T> Pool<T> {
+    /// One that was put back, or a new one.
+    pub fn take(&self, make: impl FnOnce() -> T) -> T {
+        // A thread that panicked while it held the lock left the list whole: pushing and popping are all we do.
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        kept.unwrap_or_else(make)
+    }
+
+    /// Keeps one.
+    pub fn put(&self, x: T) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(x);
     }
 }
 

@@ -1,14 +1,15 @@
 //! [`Plan`]: a problem made ready for this CPU, and its execution on threads.
 
 use crate::arch::{self, Isa};
-use crate::memory::{Buffer, Shared};
-use crate::{backward, forward};
+use crate::memory::{Buffer, Pool, Shared};
+use crate::{backward, decode, forward};
 use crate::mods::{Dropper, ScoreProgram};
 use flashattn_spec::blocks::BlockSchedule;
 use flashattn_spec::{
     AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, ProblemError,
 };
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Why a call was refused.
@@ -53,6 +54,14 @@ pub struct Plan {
     program: ScoreProgram,
     schedule: BlockSchedule,
     tile: usize,
+    backward_schedule: OnceLock<Result<BlockSchedule, ProblemError>>,
+    // Memory of earlier calls: fresh pages cost about as much as the work on them.
+    prepared: Pool<Buffer>,
+    dq_parts: Pool<Buffer>,
+    o_parts: Pool<Buffer>,
+    decode_scratch: Pool<decode::Workspace>,
+    forward_scratch: Pool<forward::Workspace>,
+    backward_scratch: Pool<backward::Workspace>,
 }
 
 impl Plan {
@@ -86,6 +95,13 @@ impl Plan {
             threads: options.threads.unwrap_or_else(rayon::current_num_threads).max(1),
             isa,
             tile,
+            backward_schedule: OnceLock::new(),
+            prepared: Pool::default(),
+            dq_parts: Pool::default(),
+            o_parts: Pool::default(),
+            decode_scratch: Pool::default(),
+            forward_scratch: Pool::default(),
+            backward_scratch: Pool::default(),
         })
     }
 
@@ -94,12 +110,36 @@ impl Plan {
         inputs.check(&self.problem)?;
         out.check(&self.problem)?;
         let kernels = arch::kernels::<T>(self.isa);
-        let cx = self.context(&self.schedule, inputs);
+        let mut cx = self.context(&self.schedule, inputs);
         let target = forward::Target {
             strides: out.o.strides(),
             o: Shared(out.o.data_mut().as_mut_ptr()),
             lse: Shared(out.lse.as_mut_ptr()),
         };
+        if decode::suits(&self.problem) {
+            self.decode(&kernels.decode, &cx, &target);
+            return Ok(());
+        }
+        let mut memory = None;
+        if let Some(prepare) = &kernels.prepare {
+            let mut chunks = Vec::new();
+            let mut first_chunk = Vec::new();
+            for batch in 0..self.problem.batch {
+                first_chunk.push(chunks.len());
+                let n = self.problem.sequence(batch).seqlen_k;
+                for kv_head in 0..self.problem.heads_kv {
+                    chunks.extend((0..n).step_by(prepare.keys).map(|start| (batch, kv_head, start)));
+                }
+            }
+            let (chunk_len, _) = (prepare.len)(&self.problem);
+            let memory = memory.insert(self.prepared.take(|| Buffer::new(chunks.len() * chunk_len)));
+            cx.prepared = Some(forward::Prepared { memory: Shared(memory.ptr()), chunk_len, first_chunk });
+            run_tasks(self.threads, chunks.len(), &Pool::default(), || (), |(), i| {
+                let (batch, kv_head, start) = chunks[i];
+                // SAFETY: as below; every chunk is prepared once.
+                unsafe { (prepare.chunk)(&cx, batch, kv_head, start) }
+            });
+        }
         let mut tasks = Vec::new();
         for batch in 0..self.problem.batch {
             let n = self.problem.sequence(batch).seqlen_q;
@@ -114,6 +154,7 @@ impl Plan {
         run_tasks(
             self.threads,
             tasks.len(),
+            &self.forward_scratch,
             || (kernels.forward_workspace)(&self.problem, self.tile),
             |ws, i| {
                 // SAFETY: `kernels` are for an ISA of this CPU; tensors were checked against the problem; tasks
@@ -121,7 +162,38 @@ impl Plan {
                 unsafe { (kernels.forward)(&cx, &target, tasks[i], ws) }
             },
         );
+        if let Some(memory) = memory {
+            self.prepared.put(memory);
+        }
         Ok(())
+    }
+
+    fn decode<T: Element>(
+        &self,
+        kernels: &arch::Decode<T>,
+        cx: &forward::Context<'_, T>,
+        target: &forward::Target<T>,
+    ) {
+        let tasks = decode::tasks(&self.problem, kernels.chunk);
+        let len = (kernels.part_len)(&self.problem);
+        let mut memory = self.o_parts.take(|| Buffer::new(tasks.len() * len));
+        let parts = Shared(memory.ptr());
+        let workspace = || (kernels.workspace)(&self.problem);
+        run_tasks(self.threads, tasks.len(), &self.decode_scratch, workspace, |ws, i| {
+            // SAFETY: the kernels are for an ISA of this CPU; tensors were checked against the problem; each task
+            // has a part of its own.
+            unsafe { (kernels.task)(cx, &tasks[i], parts.get().add(i * len), ws) }
+        });
+        let first = |i: &usize| {
+            tasks[*i].keys.start == 0 // Tasks of a KV head follow one another.
+        };
+        let firsts: Vec<usize> = (0..tasks.len()).filter(first).collect();
+        run_tasks(self.threads, firsts.len(), &Pool::default(), || (), |(), i| {
+            let (from, to) = (firsts[i], firsts.get(i + 1).copied().unwrap_or(tasks.len()));
+            // SAFETY: as above; all tasks have ended, and rows of a KV head are merged once.
+            unsafe { (kernels.merge)(cx, target, &tasks[from], Shared(parts.get().add(from * len)), to - from) }
+        });
+        self.o_parts.put(memory);
     }
 
     /// Fills dq, dk, dv and what else is asked for, from the forward's results.
@@ -138,8 +210,9 @@ impl Plan {
         let kernels = arch::kernels::<T>(self.isa);
         let parts = self.split_keys(kernels.backward_chunk);
         let split = parts.split;
-        let schedule = BlockSchedule::new(problem, kernels.backward_panel, TILE_N)?;
-        let cx = self.context(&schedule, inputs);
+        let schedule =
+            self.backward_schedule.get_or_init(|| BlockSchedule::new(problem, kernels.backward_panel, TILE_N));
+        let cx = self.context(schedule.as_ref().map_err(Clone::clone)?, inputs);
         let given = backward::Given { grads: *given, split };
 
         // dQ of every task, when the keys of a head are split.
@@ -152,8 +225,8 @@ impl Plan {
                 dq_total += group * (kernels.dq_len)(problem, problem.sequence(task.batch).seqlen_q);
             }
         }
-        let mut dq_parts = Buffer::new(dq_total);
-        let dq_parts = Shared(dq_parts.ptr());
+        let mut dq_memory = self.dq_parts.take(|| Buffer::new(dq_total));
+        let dq_parts = Shared(dq_memory.ptr());
         let mut d_sinks = vec![0.0f64; if problem.sinks { problem.batch * problem.heads_q } else { 0 }];
         let (mut tables, lanes) = TableParts::new(self, out, &parts.tasks);
         let tasks: Vec<backward::Task> = parts
@@ -175,7 +248,7 @@ impl Plan {
         };
         let workspace = || (kernels.backward_workspace)(problem, parts.longest, split);
         // One lane's tasks share table gradients: they run one after the other, in order.
-        run_tasks(self.threads, lanes.count, workspace, |ws, lane| {
+        run_tasks(self.threads, lanes.count, &self.backward_scratch, workspace, |ws, lane| {
             for task in lanes.tasks(lane, &tasks) {
                 // SAFETY: `kernels` are for an ISA of this CPU; tensors were checked against the problem; tasks
                 // write disjoint keys, dQ parts or heads, and table gradients of their own lane.
@@ -199,12 +272,13 @@ impl Plan {
                 }
                 first += count;
             }
-            run_tasks(self.threads, panels.len(), workspace, |ws, i| {
+            run_tasks(self.threads, panels.len(), &self.backward_scratch, workspace, |ws, i| {
                 let (batch, head, p, parts) = panels[i];
                 // SAFETY: as above; every panel is reduced once, after all tasks have ended.
                 unsafe { (kernels.reduce)(problem, batch, head, p, parts, &target, ws) }
             });
         }
+        self.dq_parts.put(dq_memory);
         if let Some(out) = &mut out.d_sinks {
             for (head, x) in out.iter_mut().enumerate() {
                 let sum: f64 = (0..problem.batch).map(|b| d_sinks[b * problem.heads_q + head]).sum();
@@ -226,6 +300,7 @@ impl Plan {
             program: &self.program,
             dropper: self.problem.dropout.map(Dropper::new),
             inputs: *inputs,
+            prepared: None,
         }
     }
 
@@ -322,16 +397,25 @@ impl TableParts {
 }
 
 /// Runs tasks 0 .. n on up to `threads` threads, each with a workspace of its own, in order of their numbers.
-fn run_tasks<W>(threads: usize, n: usize, workspace: impl Fn() -> W + Sync, task: impl Fn(&mut W, usize) + Sync) {
+fn run_tasks<W: Send>(
+    threads: usize,
+    n: usize,
+    pool: &Pool<W>,
+    workspace: impl Fn() -> W + Sync,
+    task: impl Fn(&mut W, usize) + Sync,
+) {
     let next = AtomicUsize::new(0);
     let worker = || {
         let mut ws = None;
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             if i >= n {
-                return;
+                break;
             }
-            task(ws.get_or_insert_with(&workspace), i);
+            task(ws.get_or_insert_with(|| pool.take(&workspace)), i);
+        }
+        if let Some(ws) = ws {
+            pool.put(ws);
         }
     };
     let threads = threads.min(n);

@@ -46,6 +46,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(p: *const half::f16) -> Self::F;
     /// Widens `LANES` bf16 values.
     unsafe fn load_bf16(p: *const half::bf16) -> Self::F;
+    /// Asks for the cache line at `p`, any address, to be brought near.
+    unsafe fn prefetch(_p: *const f32) {}
     /// [`gemm::product`], compiled for this instruction set once and for all callers.
     unsafe fn product(
         rows: usize,

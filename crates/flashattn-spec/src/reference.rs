@@ -67,7 +67,7 @@ pub struct Backward {
     /// For each element of `d_sinks`: the root of the sum of the squares of what was added up. Rounding each
     /// summand once makes an error of about this times the unit roundoff, however much they cancel.
     pub d_sinks_rss: Vec<f64>,
-    /// The same for `d_tables`.
+    /// The same for `d_tables`, where a summand counts with the terms that cancel in dS = P ∘ (dP − δ).
     pub d_tables_rss: Vec<Vec<f64>>,
 }
 
@@ -154,7 +154,8 @@ pub fn backward<T: Element>(
                         None => ds,
                         Some(mods) => {
                             let env = env(&sequence, b, head, rows.start + i, j);
-                            mods.backward(&env, block.x[[i, j]], ds, &mut sums.tables)
+                            let terms = block.p[[i, j]] * ((z * dp[[i, j]]).abs() + delta.abs());
+                            mods.backward(&env, block.x[[i, j]], ds, terms, &mut sums.tables)
                         }
                     };
                 }

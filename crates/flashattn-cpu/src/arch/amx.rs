@@ -4,13 +4,15 @@
 //! Operands are stored as whole tiles of 1 KiB one after the other, so that a tile load touches 16 adjacent cache
 //! lines. The intrinsics are not stable: the instructions are written as inline assembly.
 
-use crate::arch::avx512::{Avx512, transpose_16x16};
-use crate::engine::{Engine, Left, Rows, Shape, round_up};
+use crate::arch::avx512::{Avx512, exp2_by, transpose_16x16};
+use crate::engine::{Engine, FusedStep, HEADROOM, Late, Left, Rows, Shape, round_up};
+use crate::simd::Simd;
 use crate::gemm::Init;
 use flashattn_spec::Element;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// Whether the CPU has AMX-BF16 (and AVX512-BF16 for the conversions) and the kernel lets this process use tiles.
 pub fn available() -> bool {
@@ -176,6 +178,190 @@ fn have(r: usize, rows: usize, dim: usize) -> usize {
     if r < rows { dim } else { 0 }
 }
 
+/// One step of a product that [`fused`] does beside the exponentials: Oᵀ += Vᵀ Pᵀ of an earlier panel, 2×2 tiles at a
+/// time, which stay in tile registers 0 to 3 from step to step.
+///
+/// # Safety
+/// The operands are valid; tiles are configured; nobody else uses tiles 0 to 3 while the product is under way.
+#[inline(always)]
+unsafe fn late_step(late: &mut Late) {
+    let Some(job) = &mut late.0 else { return };
+    let steps = job.keys.div_ceil(DEPTH);
+    let width = job.p_rows.div_ceil(DEPTH) * TILE;
+    // SAFETY: the caller's.
+    unsafe {
+        let c = job.o.add(job.block * 2 * TILE);
+        let c = [c, c.add(job.o_rows * 16), c.add(TILE), c.add(TILE + job.o_rows * 16)];
+        if job.step == 0 {
+            asm!(
+                "tileloadd tmm0, [{0} + {s}*1]", "tileloadd tmm1, [{1} + {s}*1]",
+                "tileloadd tmm2, [{2} + {s}*1]", "tileloadd tmm3, [{3} + {s}*1]",
+                in(reg) c[0], in(reg) c[1], in(reg) c[2], in(reg) c[3], s = in(reg) 64usize, options(nostack),
+            );
+        }
+        let a = job.vt.ptr.add(job.block * 2 * job.vt.stride + job.step * TILE);
+        let b = job.p.add(job.step * TILE);
+        asm!(
+            "tileloadd tmm6, [{a0} + {s}*1]", "tileloadd tmm7, [{b0} + {s}*1]",
+            "tdpbf16ps tmm0, tmm6, tmm7",
+            "tileloadd tmm7, [{b1} + {s}*1]",
+            "tdpbf16ps tmm1, tmm6, tmm7",
+            "tileloadd tmm6, [{a1} + {s}*1]",
+            "tdpbf16ps tmm3, tmm6, tmm7",
+            "tileloadd tmm7, [{b0} + {s}*1]",
+            "tdpbf16ps tmm2, tmm6, tmm7",
+            a0 = in(reg) a, a1 = in(reg) a.add(job.vt.stride), b0 = in(reg) b, b1 = in(reg) b.add(width),
+            s = in(reg) 64usize, options(nostack),
+        );
+        job.step += 1;
+        if job.step == steps {
+            asm!(
+                "tilestored [{0} + {s}*1], tmm0", "tilestored [{1} + {s}*1], tmm1",
+                "tilestored [{2} + {s}*1], tmm2", "tilestored [{3} + {s}*1], tmm3",
+                in(reg) c[0], in(reg) c[1], in(reg) c[2], in(reg) c[3], s = in(reg) 64usize, options(nostack),
+            );
+            (job.step, job.block) = (0, job.block + 1);
+            if job.block * 32 == job.o_rows {
+                late.0 = None;
+            }
+        }
+    }
+}
+
+/// Scores of 16 keys, one tile for each of two vectors of queries: the steps `which` of the contraction. Between
+/// calls the sums stay in tile registers 4 and 5; 6 and 7 are overwritten.
+///
+/// # Safety
+/// `k` addresses the keys' `steps` tiles, `q` the queries'.
+#[inline(always)]
+unsafe fn scores_of_16(which: Range<usize>, steps: usize, k: *const f32, q: *const f32) {
+    // SAFETY: the caller's.
+    unsafe {
+        if which.start == 0 && !which.is_empty() {
+            asm!("tilezero tmm4", "tilezero tmm5", options(nostack));
+        }
+        for i in which {
+            asm!(
+                "tileloadd tmm6, [{k} + {s}*1]", "tileloadd tmm7, [{q0} + {s}*1]",
+                "tdpbf16ps tmm4, tmm6, tmm7",
+                "tileloadd tmm7, [{q1} + {s}*1]",
+                "tdpbf16ps tmm5, tmm6, tmm7",
+                k = in(reg) k.add(i * TILE), q0 = in(reg) q.add(i * TILE), q1 = in(reg) q.add((steps + i) * TILE),
+                s = in(reg) 64usize, options(nostack),
+            );
+        }
+    }
+}
+
+/// Writes what [`scores_of_16`] has summed.
+///
+/// # Safety
+/// `s` holds two tiles.
+#[inline(always)]
+unsafe fn store_scores_of_16(s: *mut f32) {
+    // SAFETY: the caller's.
+    unsafe {
+        asm!(
+            "tilestored [{0} + {s}*1], tmm4", "tilestored [{1} + {s}*1], tmm5",
+            in(reg) s, in(reg) s.add(TILE), s = in(reg) 64usize, options(nostack),
+        );
+    }
+}
+
+/// P = 2^(S·factor − reference) for 8 rows of a vector of queries, and their maximum and sums.
+///
+/// # Safety
+/// `s` holds 8 rows; `p` the pairs that they make.
+#[inline(always)]
+unsafe fn exponentials_of_8(
+    s: *const f32,
+    factor: __m512,
+    reference: __m512,
+    max: &mut __m512,
+    sum0: &mut __m512,
+    sum1: &mut __m512,
+    p: *mut f32,
+) {
+    for i in 0..4 {
+        // SAFETY: the caller's.
+        unsafe {
+            let (s0, s1) = (_mm512_load_ps(s.add(i * 32)), _mm512_load_ps(s.add(i * 32 + 16)));
+            *max = _mm512_max_ps(*max, _mm512_max_ps(s0, s1));
+            let p0 = exp2_by(_mm512_fmsub_ps(s0, factor, reference), &EXP2_SHORT);
+            let p1 = exp2_by(_mm512_fmsub_ps(s1, factor, reference), &EXP2_SHORT);
+            *sum0 = _mm512_add_ps(*sum0, p0);
+            *sum1 = _mm512_add_ps(*sum1, p1);
+            _mm512_store_si512(p.add(i * 16).cast(), to_pairs(p0, p1));
+        }
+    }
+}
+
+/// See [`Engine::fused`]. The tile unit works on the scores of the next 16 keys, and on an earlier panel's output,
+/// while the vector units do the exponentials of these 16: the two instruction streams are interleaved finely enough
+/// for the core to run both at once.
+///
+/// # Safety
+/// As [`Engine::fused`].
+#[inline(always)]
+unsafe fn fused(at: FusedStep, late: &mut Late) -> bool {
+    let steps = at.dim.div_ceil(DEPTH);
+    let blocks = at.rows / 16;
+    let share = late.steps(DEPTH).div_ceil(blocks);
+    // SAFETY: the caller's sizes; `s` holds at least four tiles.
+    unsafe {
+        let factor = _mm512_set1_ps(at.factor);
+        let reference = [_mm512_load_ps(at.reference), _mm512_load_ps(at.reference.add(16))];
+        let mut max = [_mm512_set1_ps(f32::NEG_INFINITY); 2];
+        let mut sum = [_mm512_setzero_ps(); 4];
+        let p = [at.p, at.p.add(at.p_rows.div_ceil(DEPTH) * TILE)];
+        scores_of_16(0..steps, steps, at.k.ptr, at.q);
+        store_scores_of_16(at.s);
+        for r in 0..blocks {
+            let s = at.s.add(r % 2 * 2 * TILE);
+            let next = at.s.add((r + 1) % 2 * 2 * TILE);
+            let k = at.k.ptr.add((r + 1) * steps * TILE);
+            let more = r + 1 < blocks;
+            // In quarters: the window in which the core looks for independent work is not long.
+            for quarter in 0..4 {
+                if more {
+                    if quarter < 3 {
+                        scores_of_16((quarter * steps).div_ceil(3)..((quarter + 1) * steps).div_ceil(3), steps, k, at.q);
+                    } else {
+                        store_scores_of_16(next);
+                    }
+                }
+                for _ in (quarter * share + 1) / 4..((quarter + 1) * share + 1) / 4 {
+                    late_step(late);
+                }
+                let p = [p[0].add(r * 128 + quarter % 2 * 64), p[1].add(r * 128 + quarter % 2 * 64)];
+                let s = s.add(quarter % 2 * 128);
+                let [a, b, c, d] = &mut sum;
+                if quarter < 2 {
+                    exponentials_of_8(s, factor, reference[0], &mut max[0], a, b, p[0]);
+                } else {
+                    exponentials_of_8(s.add(TILE), factor, reference[1], &mut max[1], c, d, p[1]);
+                }
+            }
+        }
+        while late.0.is_some() {
+            late_step(late);
+        }
+        let mut fits = true;
+        for v in 0..2 {
+            let limit = _mm512_add_ps(reference[v], _mm512_set1_ps(HEADROOM));
+            fits &= !Avx512::any_gt(_mm512_mul_ps(max[v], factor), limit);
+        }
+        if fits {
+            for v in 0..2 {
+                let total = _mm512_add_ps(sum[2 * v], sum[2 * v + 1]);
+                let at = at.sum.add(v * 16);
+                _mm512_store_ps(at, _mm512_add_ps(_mm512_load_ps(at), total));
+            }
+        }
+        fits
+    }
+}
+
 /// 32 bf16 of a row from feature `c` on, zero past `dim`.
 ///
 /// # Safety
@@ -338,7 +524,9 @@ unsafe fn sign_flip(negate: bool) -> __m512i {
 impl<T: Element> Engine for Amx<T> {
     type S = Avx512;
     type T = T;
-    const FORWARD: Shape = Shape { vectors: 2, chunk: 256, step: 256 };
+    const FORWARD: Shape = Shape { vectors: 2, chunk: 128, step: 128 };
+    const FUSED: bool = true;
+    const PREPARE: bool = true;
     const BACKWARD: Shape = Shape { vectors: 8, chunk: 128, step: 32 };
     const ROW_MULTIPLE: usize = 32;
     const VECTOR_MULTIPLE: usize = 2;
@@ -356,17 +544,8 @@ impl<T: Element> Engine for Amx<T> {
     }
     #[inline(always)]
     unsafe fn exp2(x: __m512) -> __m512 {
-        // SAFETY: the CPU has AVX-512. As `Avx512::exp2` with a polynomial of degree 4 (error 3e−6): P has 8 bits.
-        unsafe {
-            let x = _mm512_max_ps(_mm512_set1_ps(-200.0), x);
-            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-            let r = _mm512_sub_ps(x, n);
-            let mut p = _mm512_set1_ps(EXP2_SHORT[0]);
-            for c in &EXP2_SHORT[1..] {
-                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
-            }
-            _mm512_scalef_ps(p, n)
-        }
+        // SAFETY: the CPU has AVX-512.
+        unsafe { exp2_by(x, &EXP2_SHORT) }
     }
 
     fn scratch_len(dim: usize) -> usize {
@@ -442,6 +621,23 @@ impl<T: Element> Engine for Amx<T> {
                 }
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn fused(step: FusedStep, late: &mut Late) -> bool {
+        // SAFETY: the contract is the same.
+        unsafe { fused(step, late) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish(late: &mut Late) {
+        while late.0.is_some() {
+            // SAFETY: the contract is the same.
+            unsafe { late_step(late) }
+        }
+    }
+    unsafe fn prepared(k: *mut f32, vt: *mut f32, keys: usize) -> (Left, Left) {
+        (Left { ptr: k, stride: 0 }, Left { ptr: vt, stride: keys.div_ceil(DEPTH) * TILE })
     }
 
     fn p_len(vectors: usize, rows: usize) -> usize {
@@ -538,10 +734,11 @@ impl<T: Element> Engine for Amx<T> {
     }
 }
 
-/// As [`crate::arch::avx512::EXP2`] at degree 4.
-const EXP2_SHORT: [f32; 5] = [9.582_853e-3, 5.590_642_6e-2, 2.402_41e-1, 6.931_241e-1, 1.0];
+/// Coefficients of 2^r on [0, 1) with an error of 3e−6: P has 8 bits.
+const EXP2_SHORT: [f32; 5] = [1.342_668_8e-2, 5.224_247e-2, 2.412_802_1e-1, 6.930_448_4e-1, 1.0];
 
 crate::arch::compile_kernels!(
     Amx<T>,
+    crate::engine::Fma<Avx512, T>,
     "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 );

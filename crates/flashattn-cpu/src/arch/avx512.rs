@@ -59,15 +59,7 @@ impl Simd for Avx512 {
     unsafe fn exp2(x: __m512) -> __m512 {
         // SAFETY: as above.
         unsafe {
-            // VMAXPS(lo, x) keeps NaN and turns −∞, whose fraction is not a number, into an underflow.
-            let x = _mm512_max_ps(_mm512_set1_ps(-200.0), x);
-            let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-            let r = _mm512_sub_ps(x, n);
-            let mut p = _mm512_set1_ps(EXP2[0]);
-            for c in &EXP2[1..] {
-                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
-            }
-            _mm512_scalef_ps(p, n)
+            exp2_by::<7>(x, &EXP2)
         }
     }
     #[inline(always)]
@@ -102,6 +94,11 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch(p: *const f32) {
+        // SAFETY: a prefetch does not access memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's pointers cover 16 rows of 16 elements.
         unsafe {
@@ -117,9 +114,34 @@ impl Simd for Avx512 {
     }
 }
 
-/// Coefficients of 2^r on [−1/2, 1/2], highest degree first (minimax, relative error 2e−8 at degree 6).
-pub(crate) const EXP2: [f32; 7] =
-    [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0];
+/// Coefficients of 2^r on [0, 1), highest degree first (minimax with value 1 at 0; in f32 the error is 6e−8).
+const EXP2: [f32; 7] = [
+    2.161_292e-4,
+    1.246_784_6e-3,
+    9.675_452e-3,
+    5.548_528_3e-2,
+    2.402_293_1e-1,
+    6.931_470_6e-1,
+    1.0,
+];
+
+/// 2^x = 2^⌊x⌋ · 2^(x − ⌊x⌋), the second factor by a polynomial. VREDUCEPS gives the fraction (0 for ±∞), VSCALEFPS
+/// takes the floor itself and rounds into the subnormals, to 0 and to ∞ as it should; both keep NaN.
+///
+/// # Safety
+/// The CPU has AVX-512 F and DQ.
+#[inline(always)]
+pub(crate) unsafe fn exp2_by<const N: usize>(x: __m512, coefficients: &[f32; N]) -> __m512 {
+    // SAFETY: register-only operations.
+    unsafe {
+        let r = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
+        let mut p = _mm512_set1_ps(coefficients[0]);
+        for c in &coefficients[1..] {
+            p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*c));
+        }
+        _mm512_scalef_ps(p, x)
+    }
+}
 
 /// Transposes 16 vectors of 16 dwords in registers.
 ///
@@ -157,4 +179,4 @@ pub(crate) unsafe fn transpose_16x16(r: &mut [__m512; 16]) {
     }
 }
 
-crate::arch::compile_kernels!(crate::engine::Fma<Avx512, T>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");
+crate::arch::compile_kernels!(crate::engine::Fma<Avx512, T>, crate::engine::Fma<Avx512, T>, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");

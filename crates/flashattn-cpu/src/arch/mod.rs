@@ -1,15 +1,27 @@
 //! The instruction sets, their detection, and the compiled kernels of each.
 
 use crate::memory::Shared;
-use crate::{backward, forward};
-use flashattn_spec::{AttentionProblem, DType, Element};
+use crate::{backward, decode, forward};
+use flashattn_spec::{AttentionProblem, Element};
 use std::fmt;
 use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
 pub mod amx;
 #[cfg(target_arch = "x86_64")]
+pub mod avx2;
+#[cfg(target_arch = "x86_64")]
 pub mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub mod neon;
+pub mod scalar;
+#[cfg(test)]
+mod tests;
+
+/// Coefficients of 2^r on [−1/2, 1/2], highest degree first (minimax, relative error 2e−8 at degree 6).
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) const EXP2: [f32; 7] =
+    [1.535_336_2e-4, 1.339_887_5e-3, 9.618_437e-3, 5.550_332_4e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0];
 
 /// An instruction set that kernels exist for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -47,9 +59,17 @@ impl Isa {
 
     /// All instruction sets that this CPU can run, from slowest to fastest.
     pub fn available() -> Vec<Isa> {
-        let mut all = vec![];
+        let mut all = vec![Isa::Scalar];
+        #[cfg(target_arch = "aarch64")]
+        all.push(Isa::Neon); // a part of the target's baseline
         #[cfg(target_arch = "x86_64")]
         {
+            if is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+            {
+                all.push(Isa::Avx2);
+            }
             if is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
@@ -74,6 +94,10 @@ pub struct Kernels<T> {
     pub forward_workspace: fn(&AttentionProblem, usize) -> forward::Workspace,
     /// Queries of a panel of the forward pass.
     pub panel: usize,
+    /// For a few queries a head; on the vector unit.
+    pub decode: Decode<T>,
+    /// [`forward::prepare`], f32 slots of a prepared chunk and keys of a chunk, if K and V are to be prepared once.
+    pub prepare: Option<Prepare<T>>,
     /// [`backward::task`].
     pub backward: unsafe fn(
         &forward::Context<'_, T>,
@@ -102,13 +126,59 @@ pub struct Kernels<T> {
     pub backward_chunk: usize,
 }
 
+/// How K and V are prepared once for all queries.
+pub struct Prepare<T> {
+    /// [`forward::prepare`].
+    pub chunk: unsafe fn(&forward::Context<'_, T>, usize, usize, usize),
+    /// f32 slots of a prepared chunk.
+    pub len: fn(&AttentionProblem) -> (usize, usize),
+    /// Keys of a chunk.
+    pub keys: usize,
+}
+
+/// The kernels for a few queries a head.
+pub struct Decode<T> {
+    /// [`decode::task`].
+    pub task: unsafe fn(&forward::Context<'_, T>, &decode::Task, *mut f32, &mut decode::Workspace),
+    /// [`decode::merge`].
+    pub merge:
+        unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, &decode::Task, Shared<f32>, usize),
+    /// [`decode::Workspace::new`].
+    pub workspace: fn(&AttentionProblem) -> decode::Workspace,
+    /// [`decode::part_len`].
+    pub part_len: fn(&AttentionProblem) -> usize,
+    /// Keys of a chunk, which tasks are multiples of.
+    pub chunk: usize,
+}
+
 /// Makes `fn kernels<T>() -> Kernels<T>` for an engine, each kernel compiled with the given features.
 macro_rules! compile_kernels {
-    ($engine:ty $(, $feature:literal)?) => {
+    ($engine:ty, $vector:ty $(, $feature:literal)?) => {
         /// The kernels compiled for this instruction set.
         pub fn kernels<T: flashattn_spec::Element>() -> $crate::arch::Kernels<T> {
             use $crate::engine::Engine;
-            use $crate::{backward, forward};
+            use $crate::{backward, decode, forward};
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn decode_task<T: flashattn_spec::Element>(
+                cx: &forward::Context<'_, T>,
+                task: &decode::Task,
+                part: *mut f32,
+                ws: &mut decode::Workspace,
+            ) {
+                // SAFETY: the contract is the same.
+                unsafe { decode::task::<$vector>(cx, task, part, ws) }
+            }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn decode_merge<T: flashattn_spec::Element>(
+                cx: &forward::Context<'_, T>,
+                out: &forward::Target<T>,
+                first: &decode::Task,
+                parts: $crate::memory::Shared<f32>,
+                count: usize,
+            ) {
+                // SAFETY: the contract is the same.
+                unsafe { decode::merge::<$vector>(cx, out, first, parts, count) }
+            }
             $(#[target_feature(enable = $feature)])?
             unsafe fn forward_tile<T: flashattn_spec::Element>(
                 cx: &forward::Context<'_, T>,
@@ -143,7 +213,29 @@ macro_rules! compile_kernels {
                 // SAFETY: the contract is the same.
                 unsafe { backward::reduce::<$engine>(problem, batch, head, panel, parts, out, ws) }
             }
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn prepare<T: flashattn_spec::Element>(
+                cx: &forward::Context<'_, T>,
+                batch: usize,
+                kv_head: usize,
+                start: usize,
+            ) {
+                // SAFETY: the contract is the same.
+                unsafe { forward::prepare::<$engine>(cx, batch, kv_head, start) }
+            }
             $crate::arch::Kernels {
+                decode: $crate::arch::Decode {
+                    task: decode_task::<T>,
+                    merge: decode_merge::<T>,
+                    workspace: decode::Workspace::new::<$vector>,
+                    part_len: decode::part_len::<<$vector as Engine>::S>,
+                    chunk: <$vector>::FORWARD.step,
+                },
+                prepare: <$engine>::PREPARE.then_some($crate::arch::Prepare {
+                    chunk: prepare::<T>,
+                    len: forward::prepared_len::<$engine>,
+                    keys: <$engine>::FORWARD.chunk,
+                }),
                 backward: backward_task::<T>,
                 reduce: reduce::<T>,
                 backward_workspace: backward::Workspace::new::<$engine>,
@@ -159,13 +251,18 @@ macro_rules! compile_kernels {
 }
 pub(crate) use compile_kernels;
 
-/// The kernels for an element type on an instruction set that [`Isa::available`] lists.
+/// The kernels for an element type on an instruction set that [`Isa::available`] lists; for one that another
+/// architecture has, the scalar kernels.
 pub fn kernels<T: Element>(isa: Isa) -> Kernels<T> {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx if T::DTYPE == DType::Bf16 => amx::kernels::<T>(),
+        Isa::Amx if T::DTYPE == flashattn_spec::DType::Bf16 => amx::kernels::<T>(),
         #[cfg(target_arch = "x86_64")]
         Isa::Amx | Isa::Avx512 => avx512::kernels::<T>(),
-        _ => unimplemented!(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => avx2::kernels::<T>(),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => neon::kernels::<T>(),
+        _ => scalar::kernels::<T>(),
     }
 }

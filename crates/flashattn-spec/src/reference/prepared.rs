@@ -111,14 +111,15 @@ impl<F: Real> ModEvaluator<'_, F> {
     }
 
     /// From ds to dx; adds to the tables' gradients.
-    pub fn backward(&mut self, env: &Env, x: F, ds: F, sums: &mut [Vec<Sum>]) -> F {
+    pub fn backward(&mut self, env: &Env, x: F, ds: F, terms: F, sums: &mut [Vec<Sum>]) -> F {
         let values = self.evaluator.run(env, x);
         let tables = self.lowered.score_mod.as_ref().map_or(&[][..], |t| &t.tables);
         for grad in &self.gradients.tables {
             let slot = grad.slot.index();
             let index = tables[..slot].iter().filter(|t| t.wants_grad()).count();
             let at = tables[slot].offset(grad.index.map(|i| values[i.index()].as_int()));
-            sums[index][at].add((ds * values[grad.derivative.index()].as_float()).to_f64());
+            let derivative = values[grad.derivative.index()].as_float();
+            sums[index][at].merge(Sum((ds * derivative).to_f64(), (terms * derivative).to_f64().powi(2)));
         }
         ds * values[self.gradients.d_score.index()].as_float()
     }

@@ -4,13 +4,13 @@
 //! few elements or where standard attention happens to be exact. With u the unit roundoff of the dtype and u₃₂
 //! that of f32, the floor is
 //!
-//! - 4 u · max |output|: two units in the last place of the largest element (for lse: 8 u₃₂ · max(1, |lse|));
+//! - 4 u · max |output|: two units in the last place of the largest element (for o, a sum over all keys, 5 u; for lse: 8 u₃₂ · max(1, |lse|));
 //! - for gradients besides, 2 u₃₂ · max |lse| · max |output|: the backward pass gets lse in f32, and its rounding is a
 //!   relative error of every probability exp(s − lse), as is that of s;
-//! - for dq and dk besides, 16 u₃₂ · the size of the terms that cancel in dS = P ∘ (dP − δ): a row that sees one key
+//! - for dq and dk besides, 32 u₃₂ · the size of the terms that cancel in dS = P ∘ (dP − δ): a row that sees one key
 //!   has dP = δ, so its gradient is the rounding of their difference. The size is that of scale · (dO·v) · k, as
 //!   dropout enlarges it, for typical rows, for dk times √(queries a key) over keys, which is how independent roundings add up;
-//! - for dq and dk besides, 4 u · the size of the same terms with o in the place of v: δ = rowsum(dO ∘ o) is made from
+//! - for dq and dk besides, 6 u · the size of the same terms with o in the place of v: δ = rowsum(dO ∘ o) is made from
 //!   an o that the forward pass has rounded to the dtype;
 //! - for dsinks and dtables besides, (4 u + 16 u₃₂) · √Σ summand²: each summand rounded a few times.
 
@@ -107,14 +107,14 @@ impl Sizes {
         let (u, u32) = (self.dtype.epsilon(), DType::F32.epsilon());
         // What is added up in dX, without the probability.
         let ds = self.scale * self.kept * self.d_o * self.v * (self.head_dim_v as f64).sqrt();
-        let delta = 4.0 * u * self.scale * self.d_o * self.o * (self.head_dim_v as f64).sqrt();
+        let delta = 6.0 * u * self.scale * self.d_o * self.o * (self.head_dim_v as f64).sqrt();
         let sum = ((self.queries_per_key as f64).sqrt() / self.seqlen_k.max(1) as f64).max(1.0);
         let (size, lse) = (max_abs(expected), 2.0 * u32 * self.lse);
         match tensor {
-            "o" => 4.0 * u * size,
+            "o" => 5.0 * u * size,
             "lse" => 8.0 * u32 * size.max(1.0),
-            "dq" => (4.0 * u + lse) * size + (16.0 * u32 * ds + delta) * self.k,
-            "dk" => (4.0 * u + lse) * size + (16.0 * u32 * ds + delta) * self.q * sum,
+            "dq" => (4.0 * u + lse) * size + (32.0 * u32 * ds + delta) * self.k,
+            "dk" => (4.0 * u + lse) * size + (32.0 * u32 * ds + delta) * self.q * sum,
             "dv" => (4.0 * u + lse) * size,
             _ => (4.0 * u32 + lse) * size + (4.0 * u + 16.0 * u32 + lse) * max_abs(rss),
         }

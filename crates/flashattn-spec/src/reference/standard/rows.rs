@@ -135,7 +135,7 @@ pub(super) fn softmax_backward<T: Element>(
             for (j, (ds, s)) in ds.iter_mut().zip(&s[at]).enumerate() {
                 if visible.sees(c, i, j) {
                     let env = env(&c.sequence, c.b, c.head, c.rows.start + i, j);
-                    *ds = T::from_f32(mods.backward(&env, s.to_f32(), ds.to_f32(), tables));
+                    *ds = T::from_f32(mods.backward(&env, s.to_f32(), ds.to_f32(), 0.0, tables));
                 }
             }
         }

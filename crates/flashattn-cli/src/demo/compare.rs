@@ -1,0 +1,209 @@
+//! Ours beside standard attention on one input: errors against the f64 oracle, times, memory.
+
+use super::inputs;
+use crate::attention::{Attention, Given, Results};
+use crate::memory::{Cost, in_use, measure, median};
+use crate::tensor_file::TensorFile;
+use anyhow::Result;
+use flashattn_cpu::plan::{Options, Plan};
+use flashattn_spec::io::{Device, IoModel, LoopOrder, Pass, Tiling};
+use flashattn_spec::reference::{self, standard::StandardAttention};
+use flashattn_spec::{AttentionProblem, DType, Element};
+use serde::Serialize;
+
+/// A number for each output.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct PerTensor {
+    pub o: f64,
+    pub lse: f64,
+    pub dq: f64,
+    pub dk: f64,
+    pub dv: f64,
+}
+
+impl PerTensor {
+    fn each(f: impl Fn(usize) -> f64) -> Self {
+        PerTensor { o: f(0), lse: f(1), dq: f(2), dk: f(3), dv: f(4) }
+    }
+
+    /// With their names.
+    pub fn named(&self) -> [(&'static str, f64); 5] {
+        [("o", self.o), ("lse", self.lse), ("dq", self.dq), ("dk", self.dk), ("dv", self.dv)]
+    }
+}
+
+/// A number for each implementation and pass.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct PerPass<N> {
+    pub flash_fwd: N,
+    pub flash_bwd: N,
+    pub standard_fwd: N,
+    pub standard_bwd: N,
+}
+
+/// A count for each implementation.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Moved {
+    pub flash: u128,
+    pub standard: u128,
+}
+
+/// What is said about an input.
+#[derive(Clone, Debug, Serialize)]
+pub struct Comparison {
+    pub name: String,
+    /// Of q.
+    pub shape: [usize; 4],
+    pub kv_heads: usize,
+    pub dtype: DType,
+    pub causal: bool,
+    /// Largest distance of ours from the oracle.
+    pub max_error: PerTensor,
+    /// The same of standard attention in the same dtype.
+    pub standard_error: PerTensor,
+    /// Twice standard attention's, and two units in the last place of the largest entry.
+    pub allowed_error: PerTensor,
+    /// Wall time, median.
+    pub ms: PerPass<f64>,
+    /// Most memory besides inputs and results; backward includes what the forward pass keeps for it.
+    pub extra_bytes: PerPass<usize>,
+    /// By the IO model: bytes that both passes move between a core's cache and what is beyond it.
+    pub moved_bytes: Moved,
+}
+
+impl Comparison {
+    /// Names of outputs that are farther from the oracle than allowed.
+    pub fn wrong(&self) -> Vec<&'static str> {
+        let pairs = self.max_error.named().into_iter().zip(self.allowed_error.named());
+        pairs.filter(|((_, error), (_, allowed))| !(error <= allowed)).map(|((name, _), _)| name).collect()
+    }
+}
+
+/// Times of both passes, and the memory that each needs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Timed {
+    pub forward: Cost,
+    pub backward: Cost,
+}
+
+/// Runs both passes a few times, the first for memory. `made` is what was in use before `by` was made: what it keeps
+/// from the forward pass for the backward pass counts as the backward pass's.
+pub fn time<T: Element>(
+    p: &AttentionProblem,
+    given: &Given<T>,
+    results: &mut Results<T>,
+    by: &mut impl Attention<T>,
+    made: usize,
+) -> Result<Timed> {
+    /// Milliseconds that one input may take, less than one call aside.
+    const BUDGET: f64 = 700.0;
+    let kept = in_use() - made;
+    let ((), mut forward) = measure(|| results.forward(p, given, by))?;
+    forward.extra_bytes += kept;
+    let kept = in_use() - made;
+    let ((), mut backward) = measure(|| results.backward(p, given, by))?;
+    backward.extra_bytes += kept;
+    let first = forward.wall_ms + backward.wall_ms;
+    let repeat = (BUDGET / first).round().clamp(2.0, 15.0) as usize;
+    let mut times = [vec![], vec![]];
+    for _ in 0..repeat {
+        times[0].push(measure(|| results.forward(p, given, by))?.1.wall_ms);
+        times[1].push(measure(|| results.backward(p, given, by))?.1.wall_ms);
+    }
+    [forward.wall_ms, backward.wall_ms] = times.map(|mut t| median(&mut t));
+    Ok(Timed { forward, backward })
+}
+
+/// Ours.
+pub fn time_flash<T: Element>(
+    p: &AttentionProblem,
+    given: &Given<T>,
+    results: &mut Results<T>,
+) -> Result<Timed> {
+    let made = in_use();
+    time(p, given, results, &mut Plan::new(p, Options::default())?, made)
+}
+
+/// Standard attention.
+pub fn time_standard<T: Element>(
+    p: &AttentionProblem,
+    given: &Given<T>,
+    results: &mut Results<T>,
+) -> Result<Timed> {
+    let made = in_use();
+    time(p, given, results, &mut StandardAttention::new(p)?, made)
+}
+
+/// The oracle's o, lse, dq, dk and dv.
+pub type Exact = [Vec<f64>; 5];
+
+/// Asks the oracle.
+pub fn exact<T: Element>(p: &AttentionProblem, given: &Given<T>) -> Result<Exact> {
+    let inputs = given.inputs(p)?;
+    let forward = reference::forward(p, &inputs)?;
+    let backward = reference::backward(p, &inputs, given.d_o(p)?, None)?;
+    Ok([forward.o, forward.lse, backward.dq, backward.dk, backward.dv])
+}
+
+/// Compares on one input; `exact` is asked if it is not known yet.
+pub fn compare<S: Element, T: Element>(
+    name: &str,
+    file: &TensorFile,
+    seqlen: Option<usize>,
+    known: Option<Exact>,
+) -> Result<(Comparison, Exact)> {
+    let (p, given) = inputs::load::<S, T>(file, seqlen)?;
+    let (mut ours, mut standard) = (Results::new(&p, true), Results::new(&p, true));
+    let flash = time_flash(&p, &given, &mut ours)?;
+    let baseline = time_standard(&p, &given, &mut standard)?;
+    let exact = known.map_or_else(|| self::exact(&p, &given), Ok)?;
+    let errors = |r: &Results<T>| {
+        let lse: Vec<f64> = r.lse.iter().map(|&x| x.into()).collect();
+        let wide = |x: &[T]| -> Vec<f64> { x.iter().map(|x| x.to_f64()).collect() };
+        let got = [wide(&r.o), lse, wide(&r.dq), wide(&r.dk), wide(&r.dv)];
+        PerTensor::each(|i| {
+            largest(got[i].iter().zip(&exact[i]).map(|(g, e)| if g == e { 0.0 } else { (g - e).abs() }))
+        })
+    };
+    let (max_error, standard_error) = (errors(&ours), errors(&standard));
+    let twice = standard_error.named().map(|(_, e)| 2.0 * e);
+    let allowed_error = PerTensor::each(|i| {
+        let u = if i == 1 { DType::F32.epsilon() } else { T::DTYPE.epsilon() };
+        twice[i] + 4.0 * u * largest(exact[i].iter().map(|x| x.abs()).filter(|x| x.is_finite()))
+    });
+    let device = Device::this_cpu();
+    let tiling = Tiling::for_device(&p, LoopOrder::QOuter, &device);
+    let moved_bytes = Moved {
+        flash: IoModel::flash(&p, &device, Pass::ForwardBackward, &tiling)?.bytes,
+        standard: IoModel::standard(&p, &device, Pass::ForwardBackward)?.bytes,
+    };
+    let comparison = Comparison {
+        name: name.to_owned(),
+        shape: p.q_shape(),
+        kv_heads: p.heads_kv,
+        dtype: p.dtype,
+        causal: matches!(p.mask, flashattn_spec::mask::Mask::Causal),
+        max_error,
+        standard_error,
+        allowed_error,
+        ms: PerPass {
+            flash_fwd: flash.forward.wall_ms,
+            flash_bwd: flash.backward.wall_ms,
+            standard_fwd: baseline.forward.wall_ms,
+            standard_bwd: baseline.backward.wall_ms,
+        },
+        extra_bytes: PerPass {
+            flash_fwd: flash.forward.extra_bytes,
+            flash_bwd: flash.backward.extra_bytes,
+            standard_fwd: baseline.forward.extra_bytes,
+            standard_bwd: baseline.backward.extra_bytes,
+        },
+        moved_bytes,
+    };
+    Ok((comparison, exact))
+}
+
+/// The largest; a NaN is larger than anything.
+fn largest(all: impl Iterator<Item = f64>) -> f64 {
+    all.fold(0.0, |m, x| if x.is_nan() || x > m { x } else { m })
+}

@@ -1,0 +1,143 @@
+//! AVX2 with FMA and F16C: 16 registers of 8 lanes; the tile of 2 vectors × 6 rows keeps 12 accumulators and
+//! leaves room for the two vectors and the broadcast.
+
+use super::EXP2;
+use crate::simd::Simd;
+use std::arch::x86_64::*;
+
+/// The AVX2 instruction set, with FMA and F16C.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx2;
+
+impl Simd for Avx2 {
+    const LANES: usize = 8;
+    const PANEL: usize = 2;
+    const ROWS: usize = 6;
+    type F = __m256;
+
+    crate::simd::compile_large!("avx2,fma,f16c");
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m256 {
+        // SAFETY: the CPU has AVX2, FMA and F16C (contract of `Simd`); so for every block in this file.
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m256 {
+        // SAFETY: as above; `p` is valid for 8 elements.
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, x: __m256) {
+        // SAFETY: as above; `p` is valid for 8 elements.
+        unsafe { _mm256_storeu_ps(p, x) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        // SAFETY: as above. VMAXPS returns its second operand when either is NaN.
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn exp2(x: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe {
+            // VMINPS(hi, x) keeps NaN. At 128 the fraction is 0 and the exponent that of infinity.
+            let x = _mm256_min_ps(_mm256_set1_ps(128.0), x);
+            // NaN becomes 0x8000_0000, which the shift drops.
+            let n = _mm256_cvtps_epi32(x);
+            let r = _mm256_sub_ps(x, _mm256_cvtepi32_ps(n));
+            let mut p = _mm256_set1_ps(EXP2[0]);
+            for c in &EXP2[1..] {
+                p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*c));
+            }
+            // p · 2^n by its exponent: exact where the result is normal; below, also for −∞, it is flushed.
+            let y = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32::<23>(n));
+            let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x, _mm256_set1_ps(-126.0));
+            _mm256_andnot_ps(tiny, _mm256_castsi256_ps(y))
+        }
+    }
+    #[inline(always)]
+    unsafe fn any_gt(a: __m256, b: __m256) -> bool {
+        // SAFETY: as above.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0 }
+    }
+    #[inline(always)]
+    unsafe fn replace_neg_inf(x: __m256, y: __m256) -> __m256 {
+        // SAFETY: as above.
+        unsafe {
+            let inf = _mm256_cmp_ps::<_CMP_EQ_OQ>(x, _mm256_set1_ps(f32::NEG_INFINITY));
+            _mm256_blendv_ps(x, y, inf)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(x: __m256) -> f32 {
+        // SAFETY: as above.
+        unsafe {
+            let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+            let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+            _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const half::f16) -> __m256 {
+        // SAFETY: as above; `p` is valid for 8 elements of two bytes.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const half::bf16) -> __m256 {
+        // SAFETY: as above; `p` is valid for 8 elements of two bytes. A bf16 is the upper half of an f32.
+        unsafe {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(p: *const f32) {
+        // SAFETY: a prefetch does not access memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
+        // SAFETY: as above; the caller's pointers cover 8 rows of 8 elements.
+        unsafe {
+            // Register i takes columns 0..4 of row i and, in its upper half, of row i + 4: the halves need not
+            // be exchanged afterwards.
+            let half = |row: usize, col: usize| {
+                let low = _mm256_castps128_ps256(_mm_loadu_ps(src.add(row * src_stride + col)));
+                _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(src.add((row + 4) * src_stride + col)))
+            };
+            for col in [0, 4] {
+                let (a, b, c, d) = (half(0, col), half(1, col), half(2, col), half(3, col));
+                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
+                let (ab2, cd2) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
+                let out = dst.add(col * dst_stride);
+                _mm256_storeu_ps(out, _mm256_shuffle_ps::<0x44>(ab, cd));
+                _mm256_storeu_ps(out.add(dst_stride), _mm256_shuffle_ps::<0xee>(ab, cd));
+                _mm256_storeu_ps(out.add(2 * dst_stride), _mm256_shuffle_ps::<0x44>(ab2, cd2));
+                _mm256_storeu_ps(out.add(3 * dst_stride), _mm256_shuffle_ps::<0xee>(ab2, cd2));
+            }
+        }
+    }
+}
+
+crate::arch::compile_kernels!(crate::engine::Fma<Avx2, T>, crate::engine::Fma<Avx2, T>, "avx2,fma,f16c");

@@ -1,0 +1,8 @@
+//! Tests of the facade; one binary, as linking is slow.
+#![allow(clippy::unwrap_used)]
+
+#[cfg(feature = "ndarray")]
+mod arrays;
+mod common;
+mod oracle;
+mod refuse;
