@@ -21,6 +21,6 @@ for name in "$@"; do
     mkdir -p "corpus/$name" "seeds/$name" "artifacts/$name"
     "${CARGO_TARGET_DIR:-target}/$target/release/$name" "corpus/$name" "seeds/$name" \
         -max_total_time="$seconds" -artifact_prefix="artifacts/$name/" -max_len=4096 -len_control=20 \
-        -timeout=60 -rss_limit_mb=4096 -malloc_limit_mb=512 -print_final_stats=1 2>&1 |
-        { grep --line-buffered -vE '^(INFO|#)' || true; }
+        -timeout=60 -rss_limit_mb=4096 -malloc_limit_mb=512 -print_funcs=0 -print_final_stats=1 2>&1 |
+        { grep --line-buffered -vE '^(INFO|#|")' || true; }
 done

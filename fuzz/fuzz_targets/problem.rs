@@ -52,8 +52,10 @@ fn problem(u: &mut Unstructured) -> Result<()> {
         p.dropout = Some(Dropout { p: f32::from_bits(u.arbitrary()?), seed: 0 });
     }
     // Tables have the size of the problem.
-    let elements = [p.batch, p.heads_q.max(p.head_dim), p.seqlen_q.max(p.seqlen_k)].into_iter();
-    if elements.fold(1, usize::saturating_mul).saturating_mul(p.seqlen_k) < 1 << 16 {
+    let total = |cu: &[i32]| cu.last().map_or(0, |&x| x.max(0) as usize);
+    let totals = p.varlen.as_ref().map_or([0, 0], |v| [total(&v.cu_seqlens_q), total(&v.cu_seqlens_k)]);
+    let sizes = [p.batch, p.heads_q, p.seqlen_q.max(totals[0]), p.seqlen_k.max(totals[1])];
+    if sizes.iter().fold(1, |n: usize, &d| n.saturating_mul(d.max(1))) < 1 << 16 {
         p.mask = mask(u, &p, 1)?;
         p.score_mod = score_mod(u, &p, true)?;
     }

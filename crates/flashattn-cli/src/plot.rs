@@ -27,6 +27,8 @@ pub struct Panel {
     pub y_name: String,
     /// How a value is written at the axis.
     pub y_label: fn(f64) -> String,
+    /// Whether lines fill it from the left, so that the legend needs room above them.
+    pub full: bool,
     /// The lines.
     pub series: Vec<Series>,
 }
@@ -66,7 +68,15 @@ fn draw(area: &Area, panel: &Panel) -> Result<()> {
         let (low, high) = all.fold((f64::INFINITY, 0.0f64), |(low, high), x| (low.min(x), high.max(x)));
         if high > 0.0 { low / margin..high * margin } else { 1.0..10.0 }
     };
-    let (xs, ys) = (range(&|p| p.0 as f64, 1.15), range(&|p| p.1, 1.6));
+    let (xs, mut ys) = (range(&|p| p.0 as f64, 1.15), range(&|p| p.1, 1.6));
+    if panel.full {
+        let legend = (22.0 * series.len() as f64 / 400.0).min(0.6);
+        ys.end *= (ys.end / ys.start).powf(legend / (1.0 - legend));
+    }
+    // Marks at 1, 2 and 5 where there are few decades.
+    let steps: &[f64] = if ys.end / ys.start < 200.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
+    let decades = ys.start.log10().floor() as i32..=ys.end.log10().ceil() as i32;
+    let marks = decades.flat_map(|d| steps.iter().map(move |s| s * 10f64.powi(d))).collect();
     let mut ticks: Vec<f64> = series.iter().flat_map(|s| &s.points).map(|p| p.0 as f64).collect();
     ticks.sort_by(f64::total_cmp);
     ticks.dedup();
@@ -75,7 +85,10 @@ fn draw(area: &Area, panel: &Panel) -> Result<()> {
         .margin(12)
         .x_label_area_size(44)
         .y_label_area_size(78)
-        .build_cartesian_2d(xs.log_scale().base(2.0).with_key_points(ticks), ys.log_scale())?;
+        .build_cartesian_2d(
+            xs.log_scale().base(2.0).with_key_points(ticks),
+            ys.log_scale().with_key_points(marks),
+        )?;
     chart
         .configure_mesh()
         .light_line_style(WHITE)
@@ -121,6 +134,7 @@ mod tests {
             title: title.into(),
             y_name: "ms".into(),
             y_label: |y| format!("{y}"),
+            full: true,
             series,
         };
         let full = vec![series("ours", &[(512, 1.0), (4096, 50.0)]), series("empty", &[])];

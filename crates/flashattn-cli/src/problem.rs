@@ -23,7 +23,7 @@ pub struct ProblemArgs {
     #[arg(long, value_delimiter = ',', num_args = 1, value_name = "LEFT,RIGHT", allow_hyphen_values = true)]
     window: Option<Vec<i64>>,
     /// Scores become CAP · tanh(score / CAP)
-    #[arg(long, value_name = "CAP")]
+    #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
     softcap: Option<f32>,
     /// Scores lose slope · distance: slopes from tensor alibi_slopes, or 2^(−8 (h + 1) / heads)
     #[arg(long)]

@@ -9,8 +9,8 @@ fn main() {
     for (name, which) in [("S", 0), ("O", 1)] {
         let mut best = 1e9f64;
         for _ in 0..50 { let t = cpu(); for _ in 0..200 { unsafe {
-            if which == 0 { go(nk, 4, d, Scalars { ptr: k.ptr(), row: d, col: 1, outer: 0 }, Vectors { ptr: q.ptr(), vector: d * 16, row: 16 }, Vectors { ptr: s.ptr(), vector: nk * 16, row: 16 }, Init::Zero) }
-            else { go(d, 4, nk, Scalars { ptr: k.ptr(), row: 1, col: d, outer: 0 }, Vectors { ptr: s.ptr(), vector: nk * 16, row: 16 }, Vectors { ptr: o.ptr(), vector: d * 16, row: 16 }, Init::Add) }
+            if which == 0 { go(nk, 4, d, Scalars { ptr: k.ptr(), row: 1, col: 16, block: 16 * d, outer: 0 }, Vectors { ptr: q.ptr(), vector: d * 16, row: 16 }, Vectors { ptr: s.ptr(), vector: nk * 16, row: 16 }, Init::Zero) }
+            else { go(d, 4, nk, Scalars { ptr: k.ptr(), row: 1, col: 16, block: 16 * nk, outer: 0 }, Vectors { ptr: s.ptr(), vector: nk * 16, row: 16 }, Vectors { ptr: o.ptr(), vector: d * 16, row: 16 }, Init::Add) }
         } } best = best.min((cpu() - t) / 200.0); }
         println!("{name}: {:.0} GF/s/thread", 2.0 * (nk * 64 * d) as f64 / best / 1e9);
     }

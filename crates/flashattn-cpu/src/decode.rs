@@ -75,7 +75,7 @@ impl Workspace {
         let (l, rows) = (E::S::LANES, problem.group() * problem.seqlen_q);
         Workspace {
             q: Buffer::new(rows * round_up(problem.head_dim, l)),
-            s: Buffer::new((E::FORWARD.step + E::ROW_MULTIPLE) * l + l * l),
+            s: Buffer::new((E::FORWARD.step + E::ROW_MULTIPLE) * l + 2 * l * l),
             stats: Buffer::new(3 * problem.group() * l),
             mods: Scratch::default(),
         }
@@ -199,10 +199,11 @@ unsafe fn scores<E: Engine>(
                     E::S::store(block.add(j * l), partial_dot::<E>(k.skip(key + j), q));
                 }
                 // Sums across lanes, LANES keys at a time.
-                E::S::transpose(block, l, block, l);
-                let mut sum = E::S::load(block);
+                let columns = block.add(l * l);
+                E::S::transpose(block, l, columns, l);
+                let mut sum = E::S::load(columns);
                 for j in 1..l {
-                    sum = E::S::add(sum, E::S::load(block.add(j * l)));
+                    sum = E::S::add(sum, E::S::load(columns.add(j * l)));
                 }
                 E::S::store(block, sum);
                 for j in 0..count {

@@ -5,7 +5,7 @@
 //! Scores are transposed: a *panel* is a few vectors of queries; `S` holds, for each vector, rows of `LANES`
 //! scores, one row a key.
 
-use crate::gemm::{Depth, Init, Scalars, Vectors};
+use crate::gemm::{BLOCK, Depth, Init, Scalars, Vectors};
 use crate::simd::Simd;
 use flashattn_spec::{DType, Element, View};
 use std::marker::PhantomData;
@@ -314,40 +314,46 @@ pub const fn round_up(n: usize, multiple: usize) -> usize {
     n.div_ceil(multiple) * multiple
 }
 
-/// Transposes up to `VECTORS·LANES` rows into vectors: element (row, i) at vector row / LANES, row i, lane
-/// row % LANES. Missing rows become zero.
+/// Reads the first `n` of `LANES` elements, widened; the others are zero.
 ///
 /// # Safety
-/// `src` is valid for `rows` rows; `dst` for `vectors · round_up(dim, LANES) · LANES`, `scratch` for
-/// `LANES · round_up(dim, LANES)` f32.
+/// `p` is valid for `min(n, LANES)` elements; the CPU has S's instructions.
 #[inline(always)]
-pub unsafe fn transpose_rows<S: Simd, T: Element>(
-    src: Rows<T>,
-    rows: usize,
-    vectors: usize,
-    negate: bool,
-    dst: *mut f32,
-    scratch: *mut f32,
-) {
+unsafe fn load_part<S: Simd, T: Element>(p: *const T, n: usize) -> S::F {
+    // SAFETY: the caller's contract.
+    unsafe {
+        if n >= S::LANES {
+            return load::<S, T>(p);
+        }
+        let mut part = [0.0f32; 16];
+        for (i, x) in part.iter_mut().enumerate().take(n) {
+            *x = (*p.add(i)).to_f32();
+        }
+        S::load(part.as_ptr())
+    }
+}
+
+/// Transposes up to `LANES` rows: element (row, c) goes to `c * stride + row`. Missing rows, and missing elements up to
+/// the next multiple of `LANES`, are zero.
+///
+/// # Safety
+/// `src` is valid for `rows` rows, `dst` for `round_up(dim, LANES)` vectors; the CPU has S's instructions.
+#[inline(always)]
+pub unsafe fn transpose_rows<S: Simd, T: Element>(src: Rows<T>, rows: usize, stride: usize, dst: *mut f32) {
     let l = S::LANES;
-    let width = round_up(src.dim, l);
-    for v in 0..vectors {
-        let n = rows.saturating_sub(v * l).min(l);
-        // SAFETY: rows v·l .. v·l + n exist; the destination holds width·l elements a vector.
+    let mut tile = [0.0f32; 16 * 16];
+    for c in (0..src.dim).step_by(l) {
+        // SAFETY: the rows exist; `tile` holds LANES vectors.
         unsafe {
-            widen_rows::<S, T>(src.skip(v * l), n, scratch, width);
-            for i in n * width..l * width {
-                *scratch.add(i) = 0.0;
+            if T::DTYPE == DType::F32 && rows == l && c + l <= src.dim {
+                S::transpose(src.ptr.add(c).cast(), src.stride, dst.add(c * stride), stride);
+                continue;
             }
-            if negate {
-                for i in 0..n * width {
-                    *scratch.add(i) = -*scratch.add(i);
-                }
+            for r in 0..rows {
+                let x = load_part::<S, T>(src.ptr.add(r * src.stride + c), src.dim - c);
+                S::store(tile.as_mut_ptr().add(r * l), x);
             }
-            let dst = dst.add(v * width * l);
-            for c in (0..width).step_by(l) {
-                S::transpose(scratch.add(c), width, dst.add(c * l), l);
-            }
+            S::transpose(tile.as_ptr(), l, dst.add(c * stride), stride);
         }
     }
 }
@@ -384,38 +390,61 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
         vectors: usize,
         negate: bool,
         dst: *mut f32,
-        scratch: *mut f32,
+        _scratch: *mut f32,
     ) {
-        // SAFETY: sizes by `q_len` and `scratch_len`.
-        unsafe { transpose_rows::<S, T>(src, rows, vectors, negate, dst, scratch) }
+        let (l, width) = (S::LANES, round_up(src.dim, S::LANES));
+        // SAFETY: sizes by `q_len`.
+        unsafe {
+            for v in 0..vectors {
+                let n = rows.saturating_sub(v * l).min(l);
+                transpose_rows::<S, T>(src.skip(v * l), n, l, dst.add(v * l * width));
+            }
+            if negate {
+                for i in 0..vectors * l * width {
+                    *dst.add(i) = -*dst.add(i);
+                }
+            }
+        }
     }
     fn k_len(dim: usize, keys: usize) -> usize {
-        keys * dim
+        round_up(keys, BLOCK) * round_up(dim, S::LANES)
     }
     #[inline(always)]
     unsafe fn pack_k(src: Rows<T>, rows: usize, dst: *mut f32) -> Left {
-        if T::DTYPE == DType::F32 && src.stride == src.dim {
-            return Left { ptr: src.ptr.cast(), stride: src.stride };
+        let width = round_up(src.dim, S::LANES);
+        for r in (0..rows).step_by(S::LANES) {
+            // SAFETY: `dst` holds whole blocks of rows of whole vectors.
+            unsafe {
+                let to = dst.add(r / BLOCK * BLOCK * width + r % BLOCK);
+                transpose_rows::<S, T>(src.skip(r), (rows - r).min(S::LANES), BLOCK, to);
+            }
         }
-        // SAFETY: `dst` holds the rows.
-        unsafe { widen_rows::<S, T>(src, rows, dst, src.dim) };
-        Left { ptr: dst, stride: src.dim }
+        Left { ptr: dst, stride: width }
     }
     #[inline(always)]
     unsafe fn skip_k(k: Left, start: usize, _dim: usize) -> Left {
         Left { ptr: k.ptr.wrapping_add(start * k.stride), ..k }
     }
     fn vt_len(dim: usize, keys: usize) -> usize {
-        keys * dim
+        keys * round_up(dim, BLOCK)
     }
     #[inline(always)]
-    unsafe fn pack_vt(src: Rows<T>, rows: usize, _keys: usize, dst: *mut f32) -> Left {
-        // SAFETY: as `pack_k`; the product reads V by columns as it lies.
-        unsafe { Self::pack_k(src, rows, dst) }
+    unsafe fn pack_vt(src: Rows<T>, rows: usize, keys: usize, dst: *mut f32) -> Left {
+        // SAFETY: `dst` holds `keys` rows of whole blocks; block c / BLOCK has LANES elements at c % BLOCK.
+        unsafe {
+            for c in (0..src.dim).step_by(S::LANES) {
+                let to = dst.add(c / BLOCK * keys * BLOCK + c % BLOCK);
+                for r in 0..rows {
+                    let row = src.ptr.add(r * src.stride + c);
+                    S::store(to.add(r * BLOCK), load_part::<S, T>(row, src.dim - c));
+                }
+            }
+        }
+        Left { ptr: dst, stride: keys * BLOCK }
     }
     #[inline(always)]
     unsafe fn skip_vt(vt: Left, start: usize) -> Left {
-        Left { ptr: vt.ptr.wrapping_add(start * vt.stride), ..vt }
+        Left { ptr: vt.ptr.wrapping_add(start * BLOCK), ..vt }
     }
     unsafe fn prepared(k: *mut f32, vt: *mut f32, _keys: usize) -> (Left, Left) {
         // Never asked for: rows are read as they lie, or prepared for each tile.
@@ -445,7 +474,7 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
                 rows,
                 vectors,
                 Depth { inner: dim, outer: 1 },
-                Scalars { ptr: k.ptr, row: k.stride, col: 1, outer: 0 },
+                Scalars { ptr: k.ptr, row: 1, block: BLOCK * k.stride, col: BLOCK, outer: 0 },
                 Vectors { ptr: q, vector: round_up(dim, l) * l, row: l },
                 Vectors { ptr: s, vector: s_rows * l, row: l },
                 Init::Zero,
@@ -486,7 +515,7 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
                 dim,
                 vectors,
                 Depth { inner: keys, outer: 1 },
-                Scalars { ptr: vt.ptr, row: 1, col: vt.stride, outer: 0 },
+                Scalars { ptr: vt.ptr, row: 1, block: vt.stride, col: BLOCK, outer: 0 },
                 Vectors { ptr: p, vector: p_rows * l, row: l },
                 Vectors { ptr: o, vector: Self::o_rows(dim) * l, row: l },
                 init,
@@ -526,7 +555,7 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
                 keys,
                 width / l,
                 Depth { inner: l, outer: vectors },
-                Scalars { ptr: p, row: l, col: 1, outer: p_rows * l },
+                Scalars { ptr: p, row: l, block: BLOCK * l, col: 1, outer: p_rows * l },
                 Vectors { ptr: right, vector: l, row: width },
                 Vectors { ptr: c, vector: l, row: width },
                 Init::Add,

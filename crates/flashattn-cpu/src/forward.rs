@@ -518,19 +518,24 @@ pub unsafe fn softmax<E: Engine>(
     unsafe {
         let factor = E::S::splat(factor);
         let old = E::S::load(stats.max);
-        let mut max = [E::S::splat(f32::NEG_INFINITY); 4];
+        let mut max = [E::S::splat(f32::NEG_INFINITY); 8];
         let mut r = 0;
-        while r + 4 <= rows {
+        while r + 8 <= rows {
             for (i, m) in max.iter_mut().enumerate() {
                 *m = E::S::max(*m, E::S::load(s.add((r + i) * l)));
             }
-            r += 4;
+            r += 8;
         }
         while r < rows {
             max[0] = E::S::max(max[0], E::S::load(s.add(r * l)));
             r += 1;
         }
-        let max = E::S::max(E::S::max(max[0], max[1]), E::S::max(max[2], max[3]));
+        for i in [4, 2, 1] {
+            for j in 0..i {
+                max[j] = E::S::max(max[j], max[j + i]);
+            }
+        }
+        let max = max[0];
         // Before anything is visible the maximum is −∞; 0 in its place keeps exp2(−∞ − m) at 0, not NaN.
         let new = E::S::max(old, E::S::mul(max, factor));
         let safe = E::S::replace_neg_inf(new, E::S::splat(0.0));

@@ -15,18 +15,32 @@
 
 use crate::simd::Simd;
 
-/// Strided access to the broadcast operand: element (r, k) at `r·row + k·col`, and after `inner` steps of k a
-/// jump of `outer` (scores are stored as blocks of `LANES` queries).
+/// Strided access to the broadcast operand: element (r, k) at `r·row + k·col`, with a jump of `block` after each
+/// [`BLOCK`] rows (prepared operands) and one of `outer` after `inner` steps of k (scores are stored as blocks of
+/// `LANES` queries).
 #[derive(Clone, Copy, Debug)]
 pub struct Scalars {
     /// First element.
     pub ptr: *const f32,
-    /// Stride of r.
+    /// Stride of r inside a block.
     pub row: usize,
+    /// Stride of blocks of [`BLOCK`] rows; `BLOCK · row` where there are none.
+    pub block: usize,
     /// Stride of k.
     pub col: usize,
     /// Stride of the outer k loop.
     pub outer: usize,
+}
+
+/// Rows of a block of a prepared operand. A multiple of every `LANES` and `ROWS`.
+pub const BLOCK: usize = 16;
+
+impl Scalars {
+    /// The rows from r on.
+    #[inline(always)]
+    fn skip(self, r: usize) -> Self {
+        Scalars { ptr: self.ptr.wrapping_add(r / BLOCK * self.block + r % BLOCK * self.row), ..self }
+    }
 }
 
 /// Strided access to vectors: vector v of row i at `v·vector + i·row`.
@@ -96,6 +110,27 @@ pub unsafe fn product<S: Simd>(
     }
 }
 
+/// A tile of `ROWS` rows.
+///
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn full<S: Simd, const V: usize>(
+    depth: Depth,
+    a: Scalars,
+    b: Vectors<*const f32>,
+    c: Vectors<*mut f32>,
+    init: Init,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        match S::ROWS {
+            4 => tile::<S, V, 4>(depth, a, b, c, init),
+            _ => tile::<S, V, 8>(depth, a, b, c, init),
+        }
+    }
+}
+
 /// # Safety
 /// As [`product`].
 #[inline(always)]
@@ -111,17 +146,19 @@ unsafe fn panel<S: Simd, const V: usize>(
     // SAFETY: rows r .. r + R are inside A and C.
     unsafe {
         while r + S::ROWS <= rows {
-            let a = Scalars { ptr: a.ptr.add(r * a.row), ..a };
+            let a = a.skip(r);
             let c = Vectors { ptr: c.ptr.add(r * c.row), ..c };
-            match S::ROWS {
-                4 => tile::<S, V, 4>(depth, a, b, c, init),
-                5 => tile::<S, V, 5>(depth, a, b, c, init),
-                6 => tile::<S, V, 6>(depth, a, b, c, init),
-                _ => tile::<S, V, 8>(depth, a, b, c, init),
+            // Strides that the compiler knows become displacements: no registers for them, no additions.
+            if a.row == 1 {
+                full::<S, V>(depth, Scalars { row: 1, ..a }, b, c, init);
+            } else if a.row == S::LANES {
+                full::<S, V>(depth, Scalars { row: S::LANES, ..a }, b, c, init);
+            } else {
+                full::<S, V>(depth, a, b, c, init);
             }
             r += S::ROWS;
         }
-        let a = Scalars { ptr: a.ptr.add(r * a.row), ..a };
+        let a = a.skip(r);
         let c = Vectors { ptr: c.ptr.add(r * c.row), ..c };
         match rows - r {
             0 => {}
@@ -132,6 +169,33 @@ unsafe fn panel<S: Simd, const V: usize>(
             5 => tile::<S, V, 5>(depth, a, b, c, init),
             6 => tile::<S, V, 6>(depth, a, b, c, init),
             _ => tile::<S, V, 7>(depth, a, b, c, init),
+        }
+    }
+}
+
+/// One step of k.
+///
+/// # Safety
+/// As [`product`].
+#[inline(always)]
+unsafe fn step<S: Simd, const V: usize, const R: usize>(
+    a: *const f32,
+    row: usize,
+    b: *const f32,
+    vector: usize,
+    acc: &mut [[S::F; V]; R],
+) {
+    // SAFETY: the step is inside A and B.
+    unsafe {
+        let mut x = [S::splat(0.0); V];
+        for (v, x) in x.iter_mut().enumerate() {
+            *x = S::load(b.add(v * vector));
+        }
+        for (r, acc) in acc.iter_mut().enumerate() {
+            let s = S::splat(*a.add(r * row));
+            for v in 0..V {
+                acc[v] = S::fma(s, x[v], acc[v]);
+            }
         }
     }
 }
@@ -171,18 +235,14 @@ unsafe fn tile<S: Simd, const V: usize, const R: usize>(
         let mut ap = a.ptr;
         for _ in 0..depth.outer {
             let mut ak = ap;
-            for _ in 0..depth.inner {
-                let mut x = [S::splat(0.0); V];
-                for (v, x) in x.iter_mut().enumerate() {
-                    *x = S::load(bp.add(v * b.vector));
-                }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let s = S::splat(*ak.add(r * a.row));
-                    for v in 0..V {
-                        acc[v] = S::fma(s, x[v], acc[v]);
-                    }
-                }
-                ak = ak.add(a.col);
+            for _ in 0..depth.inner / 2 {
+                step::<S, V, R>(ak, a.row, bp, b.vector, &mut acc);
+                step::<S, V, R>(ak.add(a.col), a.row, bp.add(b.row), b.vector, &mut acc);
+                ak = ak.add(2 * a.col);
+                bp = bp.add(2 * b.row);
+            }
+            if depth.inner % 2 == 1 {
+                step::<S, V, R>(ak, a.row, bp, b.vector, &mut acc);
                 bp = bp.add(b.row);
             }
             ap = ap.add(a.outer);

@@ -41,8 +41,10 @@ pub struct Options {
 /// Tasks below which tiles are made smaller, so that every machine has enough of them to balance. A constant, so
 /// that results do not depend on the number of threads.
 const MIN_TASKS: usize = 32;
+/// Tasks of a thread below which tiles of the forward pass are made smaller, for balance.
+const TASKS_PER_THREAD: usize = 4;
 /// Queries of a tile, at most: the tile's Q and O stay in L2 beside a chunk of K and V.
-const MAX_TILE: usize = 256;
+const MAX_TILE: usize = 480;
 /// Keys of a block of the schedule.
 pub(crate) const TILE_N: usize = 64;
 
@@ -83,16 +85,21 @@ impl Plan {
         let tasks = |tile: usize| -> usize {
             (0..problem.batch).map(|b| problem.sequence(b).seqlen_q.div_ceil(tile) * problem.heads_q).sum()
         };
-        let mut tile = MAX_TILE.max(panel);
-        while tile > panel && tasks(tile) < MIN_TASKS {
-            tile /= 2;
+        let threads = options.threads.unwrap_or_else(rayon::current_num_threads).max(1);
+        let longest = (0..problem.batch).map(|b| problem.sequence(b).seqlen_q).max().unwrap_or(0);
+        // Tiles of equal length. Their number does not show in results: each row has its own sums.
+        let mut parts = longest.div_ceil(MAX_TILE).max(1);
+        let length = |parts: usize| longest.div_ceil(parts).next_multiple_of(panel);
+        while length(parts) > panel && tasks(length(parts)) < TASKS_PER_THREAD * threads {
+            parts += 1;
         }
+        let tile = length(parts).max(panel);
         let lowered = problem.lower()?;
         Ok(Plan {
             program: ScoreProgram::new(lowered.score_mod.as_ref(), lowered.mask.as_ref(), problem.scale().abs())?,
             schedule: BlockSchedule::new(problem, panel, TILE_N)?,
             problem: problem.clone(),
-            threads: options.threads.unwrap_or_else(rayon::current_num_threads).max(1),
+            threads,
             isa,
             tile,
             backward_schedule: OnceLock::new(),
@@ -150,7 +157,8 @@ impl Plan {
             }
         }
         // Causal tiles grow with q0: longest first leaves no straggler at the end.
-        tasks.sort_by_key(|t| std::cmp::Reverse(t.q0));
+        // Heads one after the other: the threads share a head's K and V.
+        tasks.sort_by_key(|t| (t.batch, t.head, std::cmp::Reverse(t.q0)));
         run_tasks(
             self.threads,
             tasks.len(),

@@ -269,5 +269,11 @@ fn picture(rows: &[Row], device: &str) -> Result<String> {
         }
     }
     let y_label = |y: f64| format!("{y:.0}");
-    plot::svg(&[Panel { title: device.to_owned(), y_name: "GFLOP/s".to_owned(), y_label, series }])
+    plot::svg(&[Panel {
+        title: device.to_owned(),
+        y_name: "GFLOP/s".to_owned(),
+        y_label,
+        full: true,
+        series,
+    }])
 }

@@ -116,12 +116,14 @@ fn svg(device: &str, time: Vec<Series>, memory: Vec<Series>) -> Result<String> {
             title: format!("Time, {device}"),
             y_name: "milliseconds".to_owned(),
             y_label: |y| format!("{y}"),
+            full: false,
             series: time,
         },
         Panel {
             title: "Extra memory (9 heads on 3, head_dim 64, bf16, causal)".to_owned(),
             y_name: "bytes".to_owned(),
             y_label: |y| format!("{}B", si(y)),
+            full: false,
             series: memory,
         },
     ])

@@ -1,4 +1,4 @@
-//! AVX2 with FMA and F16C: 16 registers of 8 lanes; the tile of 2 vectors × 6 rows keeps 12 accumulators and
+//! AVX2 with FMA and F16C: 16 registers of 8 lanes; the tile of 3 vectors × 4 rows keeps 12 accumulators and
 //! leaves room for the two vectors and the broadcast.
 
 use super::EXP2;
@@ -11,8 +11,8 @@ pub struct Avx2;
 
 impl Simd for Avx2 {
     const LANES: usize = 8;
-    const PANEL: usize = 2;
-    const ROWS: usize = 6;
+    const PANEL: usize = 3;
+    const ROWS: usize = 4;
     type F = __m256;
 
     crate::simd::compile_large!("avx2,fma,f16c");
@@ -126,15 +126,20 @@ impl Simd for Avx2 {
                 let low = _mm256_castps128_ps256(_mm_loadu_ps(src.add(row * src_stride + col)));
                 _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(src.add((row + 4) * src_stride + col)))
             };
-            for col in [0, 4] {
+            let columns = |col: usize| {
                 let (a, b, c, d) = (half(0, col), half(1, col), half(2, col), half(3, col));
                 let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
                 let (ab2, cd2) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
-                let out = dst.add(col * dst_stride);
-                _mm256_storeu_ps(out, _mm256_shuffle_ps::<0x44>(ab, cd));
-                _mm256_storeu_ps(out.add(dst_stride), _mm256_shuffle_ps::<0xee>(ab, cd));
-                _mm256_storeu_ps(out.add(2 * dst_stride), _mm256_shuffle_ps::<0x44>(ab2, cd2));
-                _mm256_storeu_ps(out.add(3 * dst_stride), _mm256_shuffle_ps::<0xee>(ab2, cd2));
+                [
+                    _mm256_shuffle_ps::<0x44>(ab, cd),
+                    _mm256_shuffle_ps::<0xee>(ab, cd),
+                    _mm256_shuffle_ps::<0x44>(ab2, cd2),
+                    _mm256_shuffle_ps::<0xee>(ab2, cd2),
+                ]
+            };
+            // All is read before anything is written: the block may be transposed in place.
+            for (i, x) in [columns(0), columns(4)].into_iter().flatten().enumerate() {
+                _mm256_storeu_ps(dst.add(i * dst_stride), x);
             }
         }
     }

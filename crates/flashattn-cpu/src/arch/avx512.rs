@@ -1,4 +1,4 @@
-//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; the tile of 4 vectors × 6 rows keeps 24 accumulators.
+//! AVX-512 (F, BW, DQ, VL): 32 registers of 16 lanes; the tile of 3 vectors × 8 rows keeps 24 accumulators.
 
 use crate::simd::Simd;
 use std::arch::x86_64::*;
@@ -9,8 +9,8 @@ pub struct Avx512;
 
 impl Simd for Avx512 {
     const LANES: usize = 16;
-    const PANEL: usize = 4;
-    const ROWS: usize = 6;
+    const PANEL: usize = 3;
+    const ROWS: usize = 8;
     type F = __m512;
 
     crate::simd::compile_large!("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c");

@@ -1,4 +1,4 @@
-//! NEON (aarch64, where every CPU has it): 32 registers of 4 lanes; the tile of 4 vectors × 6 rows keeps 24
+//! NEON (aarch64, where every CPU has it): 32 registers of 4 lanes; the tile of 3 vectors × 8 rows keeps 24
 //! accumulators.
 
 use super::EXP2;
@@ -12,8 +12,8 @@ pub struct Neon;
 
 impl Simd for Neon {
     const LANES: usize = 4;
-    const PANEL: usize = 4;
-    const ROWS: usize = 6;
+    const PANEL: usize = 3;
+    const ROWS: usize = 8;
     type F = float32x4_t;
 
     crate::simd::compile_large!("neon");

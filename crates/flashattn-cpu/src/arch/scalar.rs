@@ -12,7 +12,7 @@ pub struct Scalar;
 impl Simd for Scalar {
     const LANES: usize = 4;
     const PANEL: usize = 2;
-    const ROWS: usize = 5;
+    const ROWS: usize = 4;
     type F = [f32; 4];
 
     crate::simd::compile_large!();
@@ -91,8 +91,9 @@ impl Simd for Scalar {
         // SAFETY: the caller's pointers cover 4 rows of 4 elements.
         unsafe {
             let rows: [[f32; 4]; 4] = from_fn(|r| Self::load(src.add(r * src_stride)));
+            let column = |c: usize| rows.map(|row| row[c]);
             for c in 0..4 {
-                Self::store(dst.add(c * dst_stride), from_fn(|r| rows[r][c]));
+                Self::store(dst.add(c * dst_stride), column(c));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Every operation of every instruction set of this machine, against scalar arithmetic.
 
 use super::Isa;
-use crate::gemm::{Depth, Init, Scalars, Vectors};
+use crate::gemm::{BLOCK, Depth, Init, Scalars, Vectors};
 use crate::simd::Simd;
 use half::{bf16, f16};
 use rand::rngs::SmallRng;
@@ -209,6 +209,15 @@ unsafe fn transpose<S: Simd>() {
             assert_eq!(got, if r < l { src[r * from + c] } else { -1.0 }, "column {c}, row {r}");
         }
     }
+    let mut block: Vec<f32> = (0..l * l).map(|i| i as f32).collect();
+    // SAFETY: as above; both pointers come from the same mutable one.
+    unsafe {
+        let p = block.as_mut_ptr();
+        S::transpose(p, l, p, l);
+    }
+    for (i, &got) in block.iter().enumerate() {
+        assert_eq!(got, (i % l * l + i / l) as f32, "in place, {i}");
+    }
 }
 
 /// Every remainder of rows and vectors, both orders of A, gaps everywhere; cells between C's stay untouched.
@@ -236,7 +245,7 @@ unsafe fn product<S: Simd>() {
                         rows,
                         vectors,
                         depth,
-                        Scalars { ptr: a.as_ptr(), row, col, outer },
+                        Scalars { ptr: a.as_ptr(), row, block: BLOCK * row, col, outer },
                         Vectors { ptr: b.as_ptr(), vector: b_vector, row: l },
                         Vectors { ptr: c.as_mut_ptr(), vector: c_vector, row: l },
                         init,
