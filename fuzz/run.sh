@@ -15,7 +15,7 @@ target=$(rustc -vV | sed -n 's/^host: //p')
 flags=(--cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
     -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table
     -Cllvm-args=-sanitizer-coverage-trace-compares)
-RUSTC_BOOTSTRAP=1 RUSTFLAGS="${flags[*]}" cargo build --quiet --locked --release --target "$target"
+RUSTC_BOOTSTRAP=1 RUSTFLAGS="${flags[*]}" cargo build --quiet --release --target "$target"
 for name in "$@"; do
     echo "fuzzing $name for $seconds s"
     mkdir -p "corpus/$name" "seeds/$name" "artifacts/$name"

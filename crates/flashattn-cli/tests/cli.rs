@@ -1,4 +1,5 @@
 //! The binary as people and programs use it: every subcommand on small input, and on bad input.
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use assert_cmd::Command;
 use flashattn_spec::mask::Mask;
@@ -154,7 +155,7 @@ fn run_takes_and_gives_npy() {
     std::fs::write(at("k.npy"), &whole[..whole.len() - 1]).unwrap();
     let message = refused(&format!("{npy} -o {}", at("none")));
     assert!(
-        message.contains("k.npy: has 5951 bytes of data, expected those of shape [2, 31, 2, 24]"),
+        message.contains("k.npy: has 11903 bytes of data, expected those of shape [2, 31, 2, 24]"),
         "{message}"
     );
     assert!(!Path::new(&at("none")).exists());
@@ -335,7 +336,7 @@ fn demo_is_exact_and_saves_its_picture() {
     let folder = tempfile::tempdir().unwrap();
     let report = json_of(&format!("demo --quick --json --out {}", folder.path().display()));
     let inputs = report["inputs"].as_array().unwrap();
-    assert_eq!(inputs.len(), 4);
+    assert_eq!(inputs.len(), 2);
     for input in inputs {
         assert!(input["name"].is_string() && input["shape"].as_array().unwrap().len() == 4);
         for key in ["o", "lse", "dq", "dk", "dv"] {

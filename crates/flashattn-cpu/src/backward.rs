@@ -59,6 +59,10 @@ impl Tables {
     ///
     /// # Safety
     /// The memory is valid, and nobody else uses it while the slices live.
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "the memory is not ours: each task has its own, see `Task::tables`"
+    )]
     unsafe fn slices(&self) -> Vec<&mut [f32]> {
         // SAFETY: the caller's.
         self.0.iter().map(|&(p, n)| unsafe { std::slice::from_raw_parts_mut(p.get(), n) }).collect()
@@ -250,7 +254,8 @@ pub unsafe fn task<E: Engine>(
                             if partial && !(finite && ws.finite[p]) {
                                 careful_step::<E>(cx, given, &step, ws);
                             } else {
-                                let operands = (E::skip_k(kc, at, d), E::skip_k(vc, at, dv), E::skip_vt(kt, at));
+                                let operands =
+                                    (E::skip_k(kc, at, d), E::skip_k(vc, at, dv), E::skip_vt(kt, at));
                                 fast_step::<E>(cx, &step, operands, ws);
                             }
                         }
@@ -311,8 +316,7 @@ unsafe fn prepare_queries<E: Engine>(
             E::pack_q(d_o, rows, vectors, false, ws.d_o.ptr().add(p * E::q_len(dv, vectors)), pack);
             E::pack_right(q, rows, vectors, ws.q_right.ptr().add(p * E::right_len(d, vectors)));
             E::pack_right(d_o, rows, vectors, ws.do_right.ptr().add(p * E::right_len(dv, vectors)));
-            let mut finite =
-                all_finite::<E::S, E::T>(q, rows) && all_finite::<E::S, E::T>(d_o, rows);
+            let mut finite = all_finite::<E::S, E::T>(q, rows) && all_finite::<E::S, E::T>(d_o, rows);
             for i in 0..panel::<E>() {
                 let (mut lse2, mut delta) = (f32::INFINITY, 0.0);
                 if i < rows {
@@ -541,7 +545,11 @@ impl Strips<'_> {
     /// # Safety
     /// As [`fast_step`].
     #[inline(always)]
-    unsafe fn gradients<E: Engine, const DROP: bool, const MODIFIED: bool>(&self, extra: *const f32, to: &Store) {
+    unsafe fn gradients<E: Engine, const DROP: bool, const MODIFIED: bool>(
+        &self,
+        extra: *const f32,
+        to: &Store,
+    ) {
         let l = <E::S as Simd>::LANES;
         let side = E::BACKWARD.step * l;
         let (factor, keep) = (extra, extra.wrapping_add(side));
@@ -658,23 +666,44 @@ unsafe fn careful_step<E: Engine>(
     }
 }
 
-/// Adds up the parts of dQ of one panel, `stride` f32 apart, in order, and writes it.
+/// A panel of queries of one head.
+#[derive(Clone, Copy, Debug)]
+pub struct Panel {
+    /// Sequence.
+    pub batch: usize,
+    /// Query head.
+    pub head: usize,
+    /// Which panel.
+    pub number: usize,
+}
+
+/// dQ of one head as its tasks have left it: `count` parts, `stride` f32 apart.
+#[derive(Clone, Copy, Debug)]
+pub struct DqParts {
+    /// The first part.
+    pub first: Shared<f32>,
+    /// From one part to the next.
+    pub stride: usize,
+    /// Number of parts.
+    pub count: usize,
+}
+
+/// Adds up the parts of dQ of one panel, in order, and writes it.
 ///
 /// # Safety
 /// `parts` addresses the dQ of all tasks of the head; no other thread touches the panel.
 #[inline(always)]
 pub unsafe fn reduce<E: Engine>(
     problem: &AttentionProblem,
-    batch: usize,
-    head: usize,
-    p: usize,
-    parts: (Shared<f32>, usize, usize),
+    at: Panel,
+    parts: DqParts,
     out: &Target<E::T>,
     ws: &mut Workspace,
 ) {
+    let Panel { batch, head, number: p } = at;
     let seq = problem.sequence(batch);
     let n = panel::<E>() * E::o_rows(problem.head_dim);
-    let (first, stride, count) = parts;
+    let DqParts { first, stride, count } = parts;
     // SAFETY: the caller's; the first part holds the sum.
     unsafe {
         let sum = first.get().add(p * n);

@@ -112,7 +112,15 @@ pub trait Engine: Copy + Send + Sync + 'static {
 
     /// S[0 .. rows] = K Qᵀ for `vectors` vectors of queries, whose scores lie `s_rows` rows apart. Rows up to the
     /// next `ROW_MULTIPLE` may be written with anything.
-    unsafe fn scores(k: Left, rows: usize, dim: usize, q: *const f32, vectors: usize, s: *mut f32, s_rows: usize);
+    unsafe fn scores(
+        k: Left,
+        rows: usize,
+        dim: usize,
+        q: *const f32,
+        vectors: usize,
+        s: *mut f32,
+        s_rows: usize,
+    );
 
     /// Scores, exponentials and sums of a whole stretch of keys that no mask or score mod changes, with the maximum of
     /// earlier keys as the reference, while the product of an earlier panel that is still due is done beside them
@@ -466,7 +474,15 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
     }
 
     #[inline(always)]
-    unsafe fn scores(k: Left, rows: usize, dim: usize, q: *const f32, vectors: usize, s: *mut f32, s_rows: usize) {
+    unsafe fn scores(
+        k: Left,
+        rows: usize,
+        dim: usize,
+        q: *const f32,
+        vectors: usize,
+        s: *mut f32,
+        s_rows: usize,
+    ) {
         let l = S::LANES;
         // SAFETY: the caller's sizes.
         unsafe {
@@ -527,7 +543,15 @@ impl<S: Simd, T: Element> Engine for Fma<S, T> {
         0
     }
     #[inline(always)]
-    unsafe fn store_left(p: *mut f32, _vectors: usize, rows: usize, v: usize, row: usize, p0: S::F, p1: S::F) {
+    unsafe fn store_left(
+        p: *mut f32,
+        _vectors: usize,
+        rows: usize,
+        v: usize,
+        row: usize,
+        p0: S::F,
+        p1: S::F,
+    ) {
         // SAFETY: in place, as `store_p`.
         unsafe { Self::store_p(p, rows, v, row, p0, p1) }
     }

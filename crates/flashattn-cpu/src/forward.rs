@@ -17,7 +17,7 @@
 use crate::engine::{Engine, FusedStep, Late, LateProduct, Left, Rows, Shape, load};
 use crate::gemm::Init;
 use crate::memory::{Buffer, Shared};
-use crate::mods::{Dropper, Scratch, ScoreProgram, Strip, Task as Modify};
+use crate::mods::{Dropper, ScoreProgram, Scratch, Strip, Task as Modify};
 use crate::simd::Simd;
 use flashattn_spec::blocks::{BlockKind, BlockSchedule, Run};
 use flashattn_spec::{AttentionProblem, Element, Inputs, Sequence};
@@ -182,14 +182,6 @@ impl Workspace {
             mods: Scratch::default(),
         }
     }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        [&self.q, &self.o, &self.k, &self.vt, &self.s, &self.p, &self.row_max, &self.row_sum, &self.alpha, &self.pack]
-            .iter()
-            .map(|b| b.bytes())
-            .sum::<usize>()
-    }
 }
 
 /// Keys of `run` inside `chunk`.
@@ -246,6 +238,7 @@ impl<'r> Iterator for Stretches<'r> {
 /// # Safety
 /// The CPU has E's instructions; `cx` passed validation; `out` addresses tensors of the problem's shapes and no
 /// other thread touches the task's rows; `ws` was made for at least `task.rows` queries.
+#[allow(clippy::needless_range_loop, reason = "a panel's number addresses more than `started`")]
 #[inline(always)]
 pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: Task, ws: &mut Workspace) {
     let l = <E::S as Simd>::LANES;
@@ -565,7 +558,14 @@ pub unsafe fn softmax<E: Engine>(
         }
         if !fused && !keep && !E::IN_PLACE {
             for r in (0..rows).step_by(2) {
-                E::store_p(p, E::FORWARD.chunk, v, r, E::S::load(s.add(r * l)), E::S::load(s.add((r + 1) * l)));
+                E::store_p(
+                    p,
+                    E::FORWARD.chunk,
+                    v,
+                    r,
+                    E::S::load(s.add(r * l)),
+                    E::S::load(s.add((r + 1) * l)),
+                );
             }
         }
         E::S::any_gt(new, old)
@@ -680,8 +680,11 @@ unsafe fn finish<E: Engine>(
                     None => (1.0, max, sum),
                 };
                 // Only a row that sees nothing, or only −∞, has a sum of 0: o = 0, lse = −∞. NaN is no such row.
-                let (factor, lse) =
-                    if sum == 0.0 { (0.0, f32::NEG_INFINITY) } else { (shrink / sum, (max + sum.log2()) * LN_2) };
+                let (factor, lse) = if sum == 0.0 {
+                    (0.0, f32::NEG_INFINITY)
+                } else {
+                    (shrink / sum, (max + sum.log2()) * LN_2)
+                };
                 *inverse = factor;
                 *out.lse.get().add(lse_start + q0 + v * l + i) = lse;
             }

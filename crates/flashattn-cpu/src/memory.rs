@@ -21,11 +21,6 @@ impl Buffer {
     pub fn ptr(&mut self) -> *mut f32 {
         self.0.as_mut_ptr().cast()
     }
-
-    /// Bytes held.
-    pub fn bytes(&self) -> usize {
-        self.0.len() * 64
-    }
 }
 
 /// Things that are costly to make, kept for the next call.

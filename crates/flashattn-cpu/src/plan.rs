@@ -2,8 +2,8 @@
 
 use crate::arch::{self, Isa};
 use crate::memory::{Buffer, Pool, Shared};
-use crate::{backward, decode, forward};
 use crate::mods::{Dropper, ScoreProgram};
+use crate::{backward, decode, forward};
 use flashattn_spec::blocks::BlockSchedule;
 use flashattn_spec::{
     AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, ProblemError,
@@ -38,8 +38,8 @@ pub struct Options {
     pub threads: Option<usize>,
 }
 
-/// Tasks below which tiles are made smaller, so that every machine has enough of them to balance. A constant, so
-/// that results do not depend on the number of threads.
+/// Tasks of the backward pass below which the keys of a head are split, so that every machine has enough of them to
+/// balance. A constant, so that results do not depend on the number of threads.
 const MIN_TASKS: usize = 32;
 /// Tasks of a thread below which tiles of the forward pass are made smaller, for balance.
 const TASKS_PER_THREAD: usize = 4;
@@ -75,12 +75,14 @@ impl Plan {
         }
         let isa = options.isa.unwrap_or_else(Isa::detect);
         if !Isa::available().contains(&isa) {
-            return Err(CpuError::Unsupported { feature: format!("instruction set {isa} (this CPU lacks it)") });
+            return Err(CpuError::Unsupported {
+                feature: format!("instruction set {isa} (this CPU lacks it)"),
+            });
         }
         let panel = match problem.dtype {
-            DType::Bf16 => arch::kernels::<half::bf16>(isa).panel,
-            DType::F16 => arch::kernels::<half::f16>(isa).panel,
-            _ => arch::kernels::<f32>(isa).panel,
+            DType::Bf16 => kernels::<half::bf16>(isa)?.panel,
+            DType::F16 => kernels::<half::f16>(isa)?.panel,
+            _ => kernels::<f32>(isa)?.panel,
         };
         let tasks = |tile: usize| -> usize {
             (0..problem.batch).map(|b| problem.sequence(b).seqlen_q.div_ceil(tile) * problem.heads_q).sum()
@@ -96,7 +98,11 @@ impl Plan {
         let tile = length(parts).max(panel);
         let lowered = problem.lower()?;
         Ok(Plan {
-            program: ScoreProgram::new(lowered.score_mod.as_ref(), lowered.mask.as_ref(), problem.scale().abs())?,
+            program: ScoreProgram::new(
+                lowered.score_mod.as_ref(),
+                lowered.mask.as_ref(),
+                problem.scale().abs(),
+            )?,
             schedule: BlockSchedule::new(problem, panel, TILE_N)?,
             problem: problem.clone(),
             threads,
@@ -113,10 +119,14 @@ impl Plan {
     }
 
     /// Fills o and lse.
-    pub fn forward<T: Element>(&self, inputs: &Inputs<'_, T>, out: &mut Outputs<'_, T>) -> Result<(), CpuError> {
+    pub fn forward<T: Element>(
+        &self,
+        inputs: &Inputs<'_, T>,
+        out: &mut Outputs<'_, T>,
+    ) -> Result<(), CpuError> {
         inputs.check(&self.problem)?;
         out.check(&self.problem)?;
-        let kernels = arch::kernels::<T>(self.isa);
+        let kernels = kernels::<T>(self.isa)?;
         let mut cx = self.context(&self.schedule, inputs);
         let target = forward::Target {
             strides: out.o.strides(),
@@ -141,11 +151,17 @@ impl Plan {
             let (chunk_len, _) = (prepare.len)(&self.problem);
             let memory = memory.insert(self.prepared.take(|| Buffer::new(chunks.len() * chunk_len)));
             cx.prepared = Some(forward::Prepared { memory: Shared(memory.ptr()), chunk_len, first_chunk });
-            run_tasks(self.threads, chunks.len(), &Pool::default(), || (), |(), i| {
-                let (batch, kv_head, start) = chunks[i];
-                // SAFETY: as below; every chunk is prepared once.
-                unsafe { (prepare.chunk)(&cx, batch, kv_head, start) }
-            });
+            run_tasks(
+                self.threads,
+                chunks.len(),
+                &Pool::default(),
+                || (),
+                |(), i| {
+                    let (batch, kv_head, start) = chunks[i];
+                    // SAFETY: as below; every chunk is prepared once.
+                    unsafe { (prepare.chunk)(&cx, batch, kv_head, start) }
+                },
+            );
         }
         let mut tasks = Vec::new();
         for batch in 0..self.problem.batch {
@@ -196,11 +212,19 @@ impl Plan {
             tasks[*i].keys.start == 0 // Tasks of a KV head follow one another.
         };
         let firsts: Vec<usize> = (0..tasks.len()).filter(first).collect();
-        run_tasks(self.threads, firsts.len(), &Pool::default(), || (), |(), i| {
-            let (from, to) = (firsts[i], firsts.get(i + 1).copied().unwrap_or(tasks.len()));
-            // SAFETY: as above; all tasks have ended, and rows of a KV head are merged once.
-            unsafe { (kernels.merge)(cx, target, &tasks[from], Shared(parts.get().add(from * len)), to - from) }
-        });
+        run_tasks(
+            self.threads,
+            firsts.len(),
+            &Pool::default(),
+            || (),
+            |(), i| {
+                let (from, to) = (firsts[i], firsts.get(i + 1).copied().unwrap_or(tasks.len()));
+                // SAFETY: as above; all tasks have ended, and rows of a KV head are merged once.
+                unsafe {
+                    (kernels.merge)(cx, target, &tasks[from], Shared(parts.get().add(from * len)), to - from)
+                }
+            },
+        );
         self.o_parts.put(memory);
     }
 
@@ -215,11 +239,12 @@ impl Plan {
         inputs.check(problem)?;
         given.check(problem)?;
         out.check(problem)?;
-        let kernels = arch::kernels::<T>(self.isa);
+        let kernels = kernels::<T>(self.isa)?;
         let parts = self.split_keys(kernels.backward_chunk);
         let split = parts.split;
-        let schedule =
-            self.backward_schedule.get_or_init(|| BlockSchedule::new(problem, kernels.backward_panel, TILE_N));
+        let schedule = self
+            .backward_schedule
+            .get_or_init(|| BlockSchedule::new(problem, kernels.backward_panel, TILE_N));
         let cx = self.context(schedule.as_ref().map_err(Clone::clone)?, inputs);
         let given = backward::Given { grads: *given, split };
 
@@ -273,17 +298,19 @@ impl Plan {
                 let seqlen_q = problem.sequence(task.batch).seqlen_q;
                 let n = (kernels.dq_len)(problem, seqlen_q);
                 for i in 0..group {
-                    let start = Shared(task.dq.get().wrapping_add(i * n));
+                    let first = Shared(task.dq.get().wrapping_add(i * n));
+                    let parts = backward::DqParts { first, stride: group * n, count };
+                    let (batch, head) = (task.batch, task.kv_head * group + i);
                     for p in 0..seqlen_q.div_ceil(kernels.backward_panel) {
-                        panels.push((task.batch, task.kv_head * group + i, p, (start, group * n, count)));
+                        panels.push((backward::Panel { batch, head, number: p }, parts));
                     }
                 }
                 first += count;
             }
             run_tasks(self.threads, panels.len(), &self.backward_scratch, workspace, |ws, i| {
-                let (batch, head, p, parts) = panels[i];
+                let (at, parts) = panels[i];
                 // SAFETY: as above; every panel is reduced once, after all tasks have ended.
-                unsafe { (kernels.reduce)(problem, batch, head, p, parts, &target, ws) }
+                unsafe { (kernels.reduce)(problem, at, parts, &target, ws) }
             });
         }
         self.dq_parts.put(dq_memory);
@@ -338,6 +365,10 @@ impl Plan {
     }
 }
 
+fn kernels<T: Element>(isa: Isa) -> Result<arch::Kernels<T>, CpuError> {
+    arch::kernels::<T>(isa).ok_or_else(|| CpuError::Unsupported { feature: format!("dtype {}", T::DTYPE) })
+}
+
 /// Keys of a backward task, at least, where the keys of a head are split.
 const MIN_KEYS: usize = 1024;
 
@@ -360,7 +391,11 @@ impl Lanes {
         task % self.count.max(1)
     }
 
-    fn tasks<'t>(&self, lane: usize, tasks: &'t [backward::Task]) -> impl Iterator<Item = &'t backward::Task> {
+    fn tasks<'t>(
+        &self,
+        lane: usize,
+        tasks: &'t [backward::Task],
+    ) -> impl Iterator<Item = &'t backward::Task> {
         debug_assert_eq!(self.tasks, tasks.len());
         tasks.iter().skip(lane).step_by(self.count.max(1))
     }

@@ -3,7 +3,7 @@
 //! a `#[target_feature]` entry point into which everything here is inlined.
 
 use crate::gemm::{Depth, Init, Scalars, Vectors};
-use crate::mods::{Dropper, Scratch, ScoreProgram, Strip, Task};
+use crate::mods::{Dropper, ScoreProgram, Scratch, Strip, Task};
 
 /// A vector instruction set. All methods are `unsafe`: the caller runs on a CPU that has the instructions
 /// (see [`crate::arch::Isa::detect`]); pointers must be valid for `LANES` elements, of any alignment.
@@ -48,7 +48,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bf16(p: *const half::bf16) -> Self::F;
     /// Asks for the cache line at `p`, any address, to be brought near.
     unsafe fn prefetch(_p: *const f32) {}
-    /// [`gemm::product`], compiled for this instruction set once and for all callers.
+    /// [`crate::gemm::product`], compiled for this instruction set once and for all callers.
     unsafe fn product(
         rows: usize,
         vectors: usize,

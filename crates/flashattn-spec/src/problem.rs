@@ -203,8 +203,7 @@ impl AttentionProblem {
         self.batch = cu_seqlens_q.len().saturating_sub(1);
         self.seqlen_q = longest(cu_seqlens_q);
         self.seqlen_k = longest(cu_seqlens_k);
-        self.varlen =
-            Some(Varlen { cu_seqlens_q: cu_seqlens_q.into(), cu_seqlens_k: cu_seqlens_k.into() });
+        self.varlen = Some(Varlen { cu_seqlens_q: cu_seqlens_q.into(), cu_seqlens_k: cu_seqlens_k.into() });
         self
     }
 
@@ -363,7 +362,12 @@ impl AttentionProblem {
     }
 }
 
-fn check_cu_seqlens(name: &'static str, cu: &[i32], batch: usize, longest: usize) -> Result<(), ProblemError> {
+fn check_cu_seqlens(
+    name: &'static str,
+    cu: &[i32],
+    batch: usize,
+    longest: usize,
+) -> Result<(), ProblemError> {
     let refuse = |reason: String| Err(ProblemError::CuSeqlens { name, reason });
     if cu.len() != batch + 1 {
         return refuse(format!("has {} offsets, expected batch + 1 = {}", cu.len(), batch + 1));
@@ -376,7 +380,10 @@ fn check_cu_seqlens(name: &'static str, cu: &[i32], batch: usize, longest: usize
             return refuse(format!("decreases from {} to {} at position {}", w[0], w[1], i + 1));
         }
         if (w[1] - w[0]) as usize > longest {
-            return refuse(format!("sequence {i} has {} rows, the problem's maximum is {longest}", w[1] - w[0]));
+            return refuse(format!(
+                "sequence {i} has {} rows, the problem's maximum is {longest}",
+                w[1] - w[0]
+            ));
         }
     }
     Ok(())

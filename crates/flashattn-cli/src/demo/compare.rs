@@ -75,7 +75,12 @@ impl Comparison {
     /// Names of outputs that are farther from the oracle than allowed.
     pub fn wrong(&self) -> Vec<&'static str> {
         let pairs = self.max_error.named().into_iter().zip(self.allowed_error.named());
-        pairs.filter(|((_, error), (_, allowed))| !(error <= allowed)).map(|((name, _), _)| name).collect()
+        pairs
+            .filter(|((_, error), (_, allowed))| {
+                error.partial_cmp(allowed).is_none_or(std::cmp::Ordering::is_gt)
+            })
+            .map(|((name, _), _)| name)
+            .collect()
     }
 }
 

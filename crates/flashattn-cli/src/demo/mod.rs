@@ -24,7 +24,7 @@ use std::path::PathBuf;
 const EXAMPLES: &str = "\
 Examples:
   flashattn demo
-      about a minute; saves flashattn-demo.svg here
+      under a minute on two idle cores; saves flashattn-demo.svg here
   flashattn demo --quick --json --out /tmp
       seconds, on the first 1024 tokens
 
@@ -44,6 +44,9 @@ pub struct DemoArgs {
     /// Only the first 1024 tokens, and a short scaling study
     #[arg(long)]
     quick: bool,
+    /// Also run the inputs widened to f32
+    #[arg(long)]
+    f32: bool,
     /// Let standard attention have so much memory in the scaling study
     #[arg(long, value_name = "BYTES", value_parser = options::count, default_value = "2048M")]
     max_memory: usize,
@@ -68,10 +71,11 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     let device = Device::this_cpu().name;
     let sizes: &[usize] =
         if args.quick { &[256, 512, 1024, 2048] } else { &[512, 1024, 2048, 4096, 8192, 16384] };
-    let bar = options::progress(2 * INPUTS.len() as u64 + sizes.len() as u64);
+    let inputs = INPUTS.len() * (1 + usize::from(args.f32));
+    let bar = options::progress((inputs + sizes.len()) as u64);
     // The bar shows that it is alive while the oracle takes its time.
     bar.enable_steady_tick(std::time::Duration::from_millis(200));
-    let inputs = comparisons(args.quick.then_some(1024), &bar)?;
+    let inputs = comparisons(args.quick.then_some(1024), args.f32, &bar)?;
     let scaling = scaling::study(&INPUTS[0].file()?, sizes, args.max_memory, &bar)?;
     bar.finish_and_clear();
 
@@ -98,8 +102,8 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     Ok(())
 }
 
-/// Each input in its own dtype, then widened to f32, which has the same exact results.
-fn comparisons(tokens: Option<usize>, bar: &ProgressBar) -> Result<Vec<Comparison>> {
+/// Each input in its own dtype and, if asked for, widened to f32, which has the same exact results.
+fn comparisons(tokens: Option<usize>, f32_too: bool, bar: &ProgressBar) -> Result<Vec<Comparison>> {
     let mut all = Vec::new();
     for input in INPUTS {
         let file = input.file()?;
@@ -116,6 +120,9 @@ fn comparisons(tokens: Option<usize>, bar: &ProgressBar) -> Result<Vec<Compariso
         };
         all.push(own);
         bar.inc(1);
+        if !f32_too {
+            continue;
+        }
         step(&wide);
         match dtype {
             DType::Bf16 => all.push(compare::<bf16, f32>(&wide, &file, tokens, Some(exact))?.0),

@@ -6,8 +6,8 @@
 
 use crate::arch::avx512::{Avx512, exp2_by, transpose_16x16};
 use crate::engine::{Engine, FusedStep, HEADROOM, Late, Left, Rows, Shape, round_up};
-use crate::simd::Simd;
 use crate::gemm::Init;
+use crate::simd::Simd;
 use flashattn_spec::Element;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -325,7 +325,12 @@ unsafe fn fused(at: FusedStep, late: &mut Late) -> bool {
             for quarter in 0..4 {
                 if more {
                     if quarter < 3 {
-                        scores_of_16((quarter * steps).div_ceil(3)..((quarter + 1) * steps).div_ceil(3), steps, k, at.q);
+                        scores_of_16(
+                            (quarter * steps).div_ceil(3)..((quarter + 1) * steps).div_ceil(3),
+                            steps,
+                            k,
+                            at.q,
+                        );
                     } else {
                         store_scores_of_16(next);
                     }
@@ -412,7 +417,8 @@ unsafe fn pack_rows<T>(src: Rows<T>, rows: usize, dst: *mut f32) {
         for t in 0..steps {
             // SAFETY: row i exists where it is read; the tile row is inside `dst`.
             unsafe {
-                let x = load_row(src.ptr.wrapping_add(i * src.stride).cast(), t * DEPTH, have(i, rows, src.dim));
+                let x =
+                    load_row(src.ptr.wrapping_add(i * src.stride).cast(), t * DEPTH, have(i, rows, src.dim));
                 _mm512_store_si512(dst.add(((i / 16) * steps + t) * TILE + (i % 16) * 16).cast(), x);
             }
         }
@@ -436,7 +442,11 @@ unsafe fn pack_transposed<T>(src: Rows<T>, rows: usize, width: usize, dst: *mut 
                 for i in 0..16 {
                     let r = k * DEPTH + 2 * i;
                     let x = load_row(src.ptr.wrapping_add(r * src.stride).cast(), c, have(r, rows, src.dim));
-                    let y = load_row(src.ptr.wrapping_add((r + 1) * src.stride).cast(), c, have(r + 1, rows, src.dim));
+                    let y = load_row(
+                        src.ptr.wrapping_add((r + 1) * src.stride).cast(),
+                        c,
+                        have(r + 1, rows, src.dim),
+                    );
                     let (lo, hi) = interleave(x, y);
                     low[i] = _mm512_castsi512_ps(lo);
                     high[i] = _mm512_castsi512_ps(hi);
@@ -466,7 +476,11 @@ unsafe fn pack_pairs_of_rows<T>(src: Rows<T>, rows: usize, blocks: usize, dst: *
                 // SAFETY: rows are read only below `rows`; tiles are inside `dst`.
                 unsafe {
                     let r = k * DEPTH + 2 * i;
-                    let x = load_row(src.ptr.wrapping_add(r * src.stride).cast(), c * DEPTH, have(r, rows, src.dim));
+                    let x = load_row(
+                        src.ptr.wrapping_add(r * src.stride).cast(),
+                        c * DEPTH,
+                        have(r, rows, src.dim),
+                    );
                     let y = src.ptr.wrapping_add((r + 1) * src.stride).cast();
                     let y = load_row(y, c * DEPTH, have(r + 1, rows, src.dim));
                     let (lo, hi) = interleave(x, y);
@@ -504,8 +518,8 @@ unsafe fn to_pairs(x: __m512, y: __m512) -> __m512i {
     unsafe {
         let both: __m512i = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(y, x));
         let order = _mm512_set_epi16(
-            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2,
-            17, 1, 16, 0,
+            31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+            18, 2, 17, 1, 16, 0,
         );
         _mm512_permutexvar_epi16(order, both)
     }
@@ -603,7 +617,15 @@ impl<T: Element> Engine for Amx<T> {
     }
 
     #[inline(always)]
-    unsafe fn scores(k: Left, rows: usize, dim: usize, q: *const f32, vectors: usize, s: *mut f32, s_rows: usize) {
+    unsafe fn scores(
+        k: Left,
+        rows: usize,
+        dim: usize,
+        q: *const f32,
+        vectors: usize,
+        s: *mut f32,
+        s_rows: usize,
+    ) {
         let steps = dim.div_ceil(DEPTH);
         let n = round_up(rows, 32) / 16;
         for v in (0..vectors).step_by(2) {
@@ -693,7 +715,15 @@ impl<T: Element> Engine for Amx<T> {
         vectors / 2 * round_up(rows, DEPTH) / 16 * TILE
     }
     #[inline(always)]
-    unsafe fn store_left(p: *mut f32, _vectors: usize, rows: usize, v: usize, row: usize, p0: __m512, p1: __m512) {
+    unsafe fn store_left(
+        p: *mut f32,
+        _vectors: usize,
+        rows: usize,
+        v: usize,
+        row: usize,
+        p0: __m512,
+        p1: __m512,
+    ) {
         // SAFETY: half a tile row each: vectors 2i and 2i + 1 are the 32 queries of tile column i.
         unsafe {
             let at = p.add(v / 2 * (round_up(rows, DEPTH) / 16) * TILE + row * 16 + v % 2 * 8);

@@ -120,28 +120,37 @@ impl Simd for Avx2 {
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: as above; the caller's pointers cover 8 rows of 8 elements.
         unsafe {
-            // Register i takes columns 0..4 of row i and, in its upper half, of row i + 4: the halves need not
-            // be exchanged afterwards.
-            let half = |row: usize, col: usize| {
-                let low = _mm256_castps128_ps256(_mm_loadu_ps(src.add(row * src_stride + col)));
-                _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(src.add((row + 4) * src_stride + col)))
-            };
-            let columns = |col: usize| {
-                let (a, b, c, d) = (half(0, col), half(1, col), half(2, col), half(3, col));
-                let (ab, cd) = (_mm256_unpacklo_ps(a, b), _mm256_unpacklo_ps(c, d));
-                let (ab2, cd2) = (_mm256_unpackhi_ps(a, b), _mm256_unpackhi_ps(c, d));
-                [
-                    _mm256_shuffle_ps::<0x44>(ab, cd),
-                    _mm256_shuffle_ps::<0xee>(ab, cd),
-                    _mm256_shuffle_ps::<0x44>(ab2, cd2),
-                    _mm256_shuffle_ps::<0xee>(ab2, cd2),
-                ]
-            };
             // All is read before anything is written: the block may be transposed in place.
-            for (i, x) in [columns(0), columns(4)].into_iter().flatten().enumerate() {
+            let (low, high) = (four_columns(src, src_stride), four_columns(src.add(4), src_stride));
+            for (i, x) in low.into_iter().chain(high).enumerate() {
                 _mm256_storeu_ps(dst.add(i * dst_stride), x);
             }
         }
+    }
+}
+
+/// Columns 0..4 of 8 rows.
+///
+/// # Safety
+/// The CPU has AVX2; `src` is valid for 4 elements of each row.
+#[inline(always)]
+unsafe fn four_columns(src: *const f32, stride: usize) -> [__m256; 4] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        // A register takes row i and, in its upper half, row i + 4: halves need not be exchanged afterwards.
+        let mut r = [_mm256_setzero_ps(); 4];
+        for (i, r) in r.iter_mut().enumerate() {
+            let low = _mm256_castps128_ps256(_mm_loadu_ps(src.add(i * stride)));
+            *r = _mm256_insertf128_ps::<1>(low, _mm_loadu_ps(src.add((i + 4) * stride)));
+        }
+        let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
+        let (c, d) = (_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));
+        [
+            _mm256_shuffle_ps::<0x44>(a, c),
+            _mm256_shuffle_ps::<0xee>(a, c),
+            _mm256_shuffle_ps::<0x44>(b, d),
+            _mm256_shuffle_ps::<0xee>(b, d),
+        ]
     }
 }
 

@@ -58,9 +58,7 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn exp2(x: __m512) -> __m512 {
         // SAFETY: as above.
-        unsafe {
-            exp2_by::<7>(x, &EXP2)
-        }
+        unsafe { exp2_by::<7>(x, &EXP2) }
     }
     #[inline(always)]
     unsafe fn any_gt(a: __m512, b: __m512) -> bool {
@@ -115,15 +113,8 @@ impl Simd for Avx512 {
 }
 
 /// Coefficients of 2^r on [0, 1), highest degree first (minimax with value 1 at 0; in f32 the error is 6e−8).
-const EXP2: [f32; 7] = [
-    2.161_292e-4,
-    1.246_784_6e-3,
-    9.675_452e-3,
-    5.548_528_3e-2,
-    2.402_293_1e-1,
-    6.931_470_6e-1,
-    1.0,
-];
+const EXP2: [f32; 7] =
+    [2.161_292e-4, 1.246_784_6e-3, 9.675_452e-3, 5.548_528_3e-2, 2.402_293_1e-1, 6.931_470_6e-1, 1.0];
 
 /// 2^x = 2^⌊x⌋ · 2^(x − ⌊x⌋), the second factor by a polynomial. VREDUCEPS gives the fraction (0 for ±∞), VSCALEFPS
 /// takes the floor itself and rounds into the subnormals, to 0 and to ∞ as it should; both keep NaN.

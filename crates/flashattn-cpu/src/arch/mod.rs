@@ -3,6 +3,7 @@
 use crate::memory::Shared;
 use crate::{backward, decode, forward};
 use flashattn_spec::{AttentionProblem, Element};
+use std::any::Any;
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -87,9 +88,11 @@ impl Isa {
 
 /// The kernels of one instruction set for one element type. Calling one is sound only on a CPU that has the
 /// instruction set.
-pub struct Kernels<T> {
+#[derive(Clone, Copy)]
+pub struct Kernels<T: 'static> {
     /// [`forward::tile`].
-    pub forward: unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, forward::Task, &mut forward::Workspace),
+    pub forward:
+        unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, forward::Task, &mut forward::Workspace),
     /// [`forward::Workspace::new`].
     pub forward_workspace: fn(&AttentionProblem, usize) -> forward::Workspace,
     /// Queries of a panel of the forward pass.
@@ -109,10 +112,8 @@ pub struct Kernels<T> {
     /// [`backward::reduce`].
     pub reduce: unsafe fn(
         &AttentionProblem,
-        usize,
-        usize,
-        usize,
-        (Shared<f32>, usize, usize),
+        backward::Panel,
+        backward::DqParts,
         &backward::Target<T>,
         &mut backward::Workspace,
     ),
@@ -127,7 +128,8 @@ pub struct Kernels<T> {
 }
 
 /// How K and V are prepared once for all queries.
-pub struct Prepare<T> {
+#[derive(Clone, Copy)]
+pub struct Prepare<T: 'static> {
     /// [`forward::prepare`].
     pub chunk: unsafe fn(&forward::Context<'_, T>, usize, usize, usize),
     /// f32 slots of a prepared chunk.
@@ -137,12 +139,12 @@ pub struct Prepare<T> {
 }
 
 /// The kernels for a few queries a head.
-pub struct Decode<T> {
+#[derive(Clone, Copy)]
+pub struct Decode<T: 'static> {
     /// [`decode::task`].
     pub task: unsafe fn(&forward::Context<'_, T>, &decode::Task, *mut f32, &mut decode::Workspace),
     /// [`decode::merge`].
-    pub merge:
-        unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, &decode::Task, Shared<f32>, usize),
+    pub merge: unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, &decode::Task, Shared<f32>, usize),
     /// [`decode::Workspace::new`].
     pub workspace: fn(&AttentionProblem) -> decode::Workspace,
     /// [`decode::part_len`].
@@ -155,7 +157,7 @@ pub struct Decode<T> {
 macro_rules! compile_kernels {
     ($engine:ty, $vector:ty $(, $feature:literal)?) => {
         /// The kernels compiled for this instruction set.
-        pub fn kernels<T: flashattn_spec::Element>() -> $crate::arch::Kernels<T> {
+        pub(crate) fn kernels<T: flashattn_spec::Element>() -> $crate::arch::Kernels<T> {
             use $crate::engine::Engine;
             use $crate::{backward, decode, forward};
             $(#[target_feature(enable = $feature)])?
@@ -203,15 +205,13 @@ macro_rules! compile_kernels {
             $(#[target_feature(enable = $feature)])?
             unsafe fn reduce<T: flashattn_spec::Element>(
                 problem: &flashattn_spec::AttentionProblem,
-                batch: usize,
-                head: usize,
-                panel: usize,
-                parts: ($crate::memory::Shared<f32>, usize, usize),
+                at: backward::Panel,
+                parts: backward::DqParts,
                 out: &backward::Target<T>,
                 ws: &mut backward::Workspace,
             ) {
                 // SAFETY: the contract is the same.
-                unsafe { backward::reduce::<$engine>(problem, batch, head, panel, parts, out, ws) }
+                unsafe { backward::reduce::<$engine>(problem, at, parts, out, ws) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn prepare<T: flashattn_spec::Element>(
@@ -251,18 +251,41 @@ macro_rules! compile_kernels {
 }
 pub(crate) use compile_kernels;
 
-/// The kernels for an element type on an instruction set that [`Isa::available`] lists; for one that another
-/// architecture has, the scalar kernels.
-pub fn kernels<T: Element>(isa: Isa) -> Kernels<T> {
+/// The kernels for an element type on an instruction set that [`Isa::available`] lists; `None` for a type that there
+/// are no kernels for (f64).
+///
+/// They are compiled here, once for each type: were this function's own body generic, every crate that calls it would
+/// compile them again.
+pub fn kernels<T: Element>(isa: Isa) -> Option<Kernels<T>> {
+    let all: [&dyn Any; 3] = [&f32_kernels(isa), &f16_kernels(isa), &bf16_kernels(isa)];
+    all.into_iter().find_map(|k| k.downcast_ref::<Kernels<T>>().copied())
+}
+
+fn f32_kernels(isa: Isa) -> Kernels<f32> {
+    vector_kernels(isa)
+}
+
+fn f16_kernels(isa: Isa) -> Kernels<half::f16> {
+    vector_kernels(isa)
+}
+
+fn bf16_kernels(isa: Isa) -> Kernels<half::bf16> {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx if T::DTYPE == flashattn_spec::DType::Bf16 => amx::kernels::<T>(),
+        Isa::Amx => amx::kernels(),
+        _ => vector_kernels(isa),
+    }
+}
+
+/// The kernels on vector units; for an instruction set that another architecture has, the scalar ones.
+fn vector_kernels<T: Element>(isa: Isa) -> Kernels<T> {
+    match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Amx | Isa::Avx512 => avx512::kernels::<T>(),
+        Isa::Amx | Isa::Avx512 => avx512::kernels(),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => avx2::kernels::<T>(),
+        Isa::Avx2 => avx2::kernels(),
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => neon::kernels::<T>(),
-        _ => scalar::kernels::<T>(),
+        Isa::Neon => neon::kernels(),
+        _ => scalar::kernels(),
     }
 }

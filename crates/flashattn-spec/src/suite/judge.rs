@@ -7,7 +7,7 @@
 //! - 4 u · max |output|: two units in the last place of the largest element (for o, a sum over all keys, 5 u; for lse: 8 u₃₂ · max(1, |lse|));
 //! - for gradients besides, 2 u₃₂ · max |lse| · max |output|: the backward pass gets lse in f32, and its rounding is a
 //!   relative error of every probability exp(s − lse), as is that of s;
-//! - for dq and dk besides, 32 u₃₂ · the size of the terms that cancel in dS = P ∘ (dP − δ): a row that sees one key
+//! - for dq and dk besides, 48 u₃₂ · the size of the terms that cancel in dS = P ∘ (dP − δ): a row that sees one key
 //!   has dP = δ, so its gradient is the rounding of their difference. The size is that of scale · (dO·v) · k, as
 //!   dropout enlarges it, for typical rows, for dk times √(queries a key) over keys, which is how independent roundings add up;
 //! - for dq and dk besides, 6 u · the size of the same terms with o in the place of v: δ = rowsum(dO ∘ o) is made from
@@ -113,8 +113,8 @@ impl Sizes {
         match tensor {
             "o" => 5.0 * u * size,
             "lse" => 8.0 * u32 * size.max(1.0),
-            "dq" => (4.0 * u + lse) * size + (32.0 * u32 * ds + delta) * self.k,
-            "dk" => (4.0 * u + lse) * size + (32.0 * u32 * ds + delta) * self.q * sum,
+            "dq" => (4.0 * u + lse) * size + (48.0 * u32 * ds + delta) * self.k,
+            "dk" => (4.0 * u + lse) * size + (48.0 * u32 * ds + delta) * self.q * sum,
             "dv" => (4.0 * u + lse) * size,
             _ => (4.0 * u32 + lse) * size + (4.0 * u + 16.0 * u32 + lse) * max_abs(rss),
         }
