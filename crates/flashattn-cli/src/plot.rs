@@ -27,7 +27,7 @@ pub struct Panel {
     pub y_name: String,
     /// How a value is written at the axis.
     pub y_label: fn(f64) -> String,
-    /// Whether lines fill it from the left, so that the legend needs room above them.
+    /// Whether lines fill it, so that the legend needs room above them; else it goes below where they have risen.
     pub full: bool,
     /// The lines.
     pub series: Vec<Series>,
@@ -76,7 +76,10 @@ fn draw(area: &Area, panel: &Panel) -> Result<()> {
     // Marks at 1, 2 and 5 where there are few decades.
     let steps: &[f64] = if ys.end / ys.start < 200.0 { &[1.0, 2.0, 5.0] } else { &[1.0] };
     let decades = ys.start.log10().floor() as i32..=ys.end.log10().ceil() as i32;
-    let marks = decades.flat_map(|d| steps.iter().map(move |s| s * 10f64.powi(d))).collect();
+    let marks = decades
+        .flat_map(|d| steps.iter().map(move |s| s * 10f64.powi(d)))
+        .filter(|mark| ys.contains(mark))
+        .collect();
     let mut ticks: Vec<f64> = series.iter().flat_map(|s| &s.points).map(|p| p.0 as f64).collect();
     ticks.sort_by(f64::total_cmp);
     ticks.dedup();
@@ -110,7 +113,7 @@ fn draw(area: &Area, panel: &Panel) -> Result<()> {
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(if panel.full { SeriesLabelPosition::UpperLeft } else { SeriesLabelPosition::LowerRight })
         .label_font(("sans-serif", 13))
         .border_style(BLACK.mix(0.3))
         .background_style(WHITE.mix(0.85))

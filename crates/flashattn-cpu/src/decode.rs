@@ -282,9 +282,6 @@ unsafe fn output<E: Engine>(
         let shrink = E::S::splat(alpha);
         while c + VECTORS * l <= v.dim {
             let mut acc = [E::S::splat(0.0); VECTORS];
-            for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = E::S::mul(E::S::load(o.add(c + i * l)), shrink);
-            }
             for key in 0..n {
                 if let (0, Some(next)) = (c, next) {
                     fetch::<E>(next.skip(key));
@@ -295,26 +292,28 @@ unsafe fn output<E: Engine>(
                     *acc = E::S::fma(p, load::<E::S, E::T>(row.add(i * l)), *acc);
                 }
             }
+            // O joins at the end: sums of chunks lose fewer digits than one sum of all keys.
             for (i, acc) in acc.iter().enumerate() {
-                E::S::store(o.add(c + i * l), *acc);
+                let at = o.add(c + i * l);
+                E::S::store(at, E::S::fma(E::S::load(at), shrink, *acc));
             }
             c += VECTORS * l;
         }
         while c + l <= v.dim {
-            let mut acc = E::S::mul(E::S::load(o.add(c)), shrink);
+            let mut acc = E::S::splat(0.0);
             for key in 0..n {
                 let row = v.ptr.add(key * v.stride + c);
                 acc = E::S::fma(E::S::splat(*p.add(key * l)), load::<E::S, E::T>(row), acc);
             }
-            E::S::store(o.add(c), acc);
+            E::S::store(o.add(c), E::S::fma(E::S::load(o.add(c)), shrink, acc));
             c += l;
         }
         for c in c..v.dim {
-            let mut sum = *o.add(c) * alpha;
+            let mut sum = 0.0;
             for key in 0..n {
                 sum += *p.add(key * l) * (*v.ptr.add(key * v.stride + c)).to_f32();
             }
-            *o.add(c) = sum;
+            *o.add(c) = *o.add(c) * alpha + sum;
         }
     }
 }

@@ -213,24 +213,6 @@ unsafe fn tile<S: Simd, const V: usize, const R: usize>(
     // SAFETY: every address is inside A, B or C by the caller's contract.
     unsafe {
         let mut acc = [[S::splat(0.0); V]; R];
-        match init {
-            Init::Zero => {}
-            Init::Add => {
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    for (v, x) in acc.iter_mut().enumerate() {
-                        *x = S::load(c.ptr.add(r * c.row + v * c.vector));
-                    }
-                }
-            }
-            Init::Scale(alpha) => {
-                for v in 0..V {
-                    let alpha = S::load(alpha.add(v * S::LANES));
-                    for (r, acc) in acc.iter_mut().enumerate() {
-                        acc[v] = S::mul(S::load(c.ptr.add(r * c.row + v * c.vector)), alpha);
-                    }
-                }
-            }
-        }
         let mut bp = b.ptr;
         let mut ap = a.ptr;
         for _ in 0..depth.outer {
@@ -247,9 +229,19 @@ unsafe fn tile<S: Simd, const V: usize, const R: usize>(
             }
             ap = ap.add(a.outer);
         }
-        for (r, acc) in acc.iter().enumerate() {
-            for (v, x) in acc.iter().enumerate() {
-                S::store(c.ptr.add(r * c.row + v * c.vector), *x);
+        // C joins at the end: one sum of all keys, element after element, would lose more digits than sums of chunks.
+        for v in 0..V {
+            let alpha = match init {
+                Init::Scale(alpha) => S::load(alpha.add(v * S::LANES)),
+                _ => S::splat(1.0),
+            };
+            for (r, acc) in acc.iter().enumerate() {
+                let at = c.ptr.add(r * c.row + v * c.vector);
+                let x = match init {
+                    Init::Zero => acc[v],
+                    _ => S::fma(S::load(at), alpha, acc[v]),
+                };
+                S::store(at, x);
             }
         }
     }
