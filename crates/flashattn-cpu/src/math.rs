@@ -102,7 +102,7 @@ pub(crate) fn tanh<const L: usize>(x: f32) -> f32 {
     // a + a³ · P(a²) below 0.55, relative error 1e−9.
     let y = a * a;
     let p =
-        polynomial::<L, 5>(y, [-0.333_333_18, 0.133_325_87, -0.053_852_388, 0.021_072_024, -0.006_274_758]);
+        polynomial::<L, 5>(y, [-0.333_333_2, 0.133_325_87, -0.053_852_388, 0.021_072_024, -0.006_274_758]);
     let small = mul_add::<L>(a * y, p, a);
     // Beyond, 1 − 2 / (1 + e²ᵃ), where an error of the exponential hardly counts.
     let (p, n) = exp2_parts::<L>(a * (2.0 * LOG2_E));
