@@ -47,8 +47,8 @@ pub struct SharedRegion {
     pub bytes: u32,
 }
 
-/// A kernel: the text's content, as data. Made by [`build`](crate::build), judged by [`verify`](crate::verify), written
-/// by [`emit`](crate::emit), run by [`emulate`](crate::emulate).
+/// A kernel: the text's content, as data. Made by [`build`](mod@crate::build), judged by [`verify`](mod@crate::verify), written
+/// by [`emit`](mod@crate::emit), run by [`emulate`](crate::emulate).
 #[derive(Clone, Debug)]
 pub struct Kernel {
     /// Entry name.

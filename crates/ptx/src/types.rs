@@ -110,12 +110,13 @@ impl Type {
         use Type::*;
         self == register
             || self.bits() == register.bits()
-                && match (self, register) {
-                    (B16 | B32 | B64, _) => true,
-                    (U32 | S32, U32 | S32 | B32) | (U64 | S64, U64 | S64 | B64) => true,
-                    (F16x2 | BF16x2, B32) => true,
-                    _ => false,
-                }
+                && matches!(
+                    (self, register),
+                    (B16 | B32 | B64, _)
+                        | (U32 | S32, U32 | S32 | B32)
+                        | (U64 | S64, U64 | S64 | B64)
+                        | (F16x2 | BF16x2, B32)
+                )
     }
 }
 

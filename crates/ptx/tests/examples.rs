@@ -25,6 +25,7 @@ fn kernels() -> Vec<Kernel> {
         gemm_mma(&MmaConfig { stages: 3 }),
         gemm_wgmma(&WgmmaConfig { tile_n: 128, stages: 4 }),
         gemm_persistent(&PersistentConfig::H100),
+        gemm_persistent(&PersistentConfig { cluster: 2, ..PersistentConfig::H100 }),
         gemm_persistent(&PersistentConfig { consumers: 3, tile_n: 128, stages: 4, cluster: 1, group: 4 }),
     ]
 }
@@ -50,7 +51,11 @@ fn text_is_golden() {
         }
         let golden = std::fs::read_to_string(&path).unwrap_or_default();
         let line = golden.lines().zip(text.lines()).position(|(a, b)| a != b);
-        assert!(golden == text, "{path} differs from what is emitted, first in line {:?}", line.map(|l| l + 1));
+        assert!(
+            golden == text,
+            "{path} differs from what is emitted, first in line {:?}",
+            line.map(|l| l + 1)
+        );
     }
 }
 
@@ -118,10 +123,17 @@ impl Gemm {
     }
 
     /// Runs the kernel on memory that holds a, b and an unwritten c, and compares.
-    fn check(&self, kernel: &Kernel, grid: [u32; 3], seed: u64, args: impl Fn([ptx::emulate::Buffer; 3]) -> Vec<Arg>) {
+    fn check(
+        &self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        seed: u64,
+        args: impl Fn([ptx::emulate::Buffer; 3]) -> Vec<Arg>,
+    ) {
         let [m, n, k] = self.size;
         let mut memory = Memory::new();
-        let buffers = [memory.upload("a", &self.a), memory.upload("b", &self.b), memory.alloc("c", 2 * m * n)];
+        let buffers =
+            [memory.upload("a", &self.a), memory.upload("b", &self.b), memory.alloc("c", 2 * m * n)];
         let mut args = args(buffers);
         args.extend([m, n, k].map(|x| Arg::U32(x as u32)));
         launch(kernel, &mut memory, grid, args, seed);
@@ -163,9 +175,16 @@ fn gemm_wgmma_multiplies() {
 #[test]
 fn gemm_persistent_multiplies() {
     let h100 = PersistentConfig::H100;
+    let pairs = PersistentConfig { cluster: 2, ..h100 };
     let alone = PersistentConfig { consumers: 3, tile_n: 128, stages: 4, cluster: 1, group: 2 };
-    for (seed, (config, size, blocks)) in
-        [(h100, [700, 520, 200], 4), (h100, [90, 264, 72], 2), (alone, [500, 300 - 300 % 8, 136], 3)].into_iter().enumerate()
+    for (seed, (config, size, blocks)) in [
+        (h100, [700, 520, 200], 4),
+        (pairs, [700, 520, 200], 4),
+        (pairs, [90, 264, 72], 2),
+        (alone, [500, 300 - 300 % 8, 136], 3),
+    ]
+    .into_iter()
+    .enumerate()
     {
         let [m, n, k] = size.map(|x| x as u64);
         Gemm::new(size).check(&gemm_persistent(&config), [blocks, 1, 1], seed as u64, |buffers| {

@@ -38,7 +38,9 @@ impl Cluster<'_> {
             return outside(format!("the block's shared memory is {size} bytes from {from:#x}"));
         }
         if block != own && !cluster {
-            return outside(format!("it is shared memory of block {block} of the cluster, accessed as the own"));
+            return outside(format!(
+                "it is shared memory of block {block} of the cluster, accessed as the own"
+            ));
         }
         if self.blocks[block].running == 0 {
             return outside(format!("block {block} of the cluster has ended"));
@@ -70,13 +72,21 @@ impl Cluster<'_> {
             let what = match near {
                 Some((_, buffer)) => {
                     let beyond = address - buffer.address;
-                    format!("byte {beyond} from the begin of buffer {}, which has {} bytes", buffer.name, buffer.bytes)
+                    format!(
+                        "byte {beyond} from the begin of buffer {}, which has {} bytes",
+                        buffer.name, buffer.bytes
+                    )
                 }
                 None => "no buffer lies below".to_owned(),
             };
-            return Err(Error::OutOfBounds { at: self.place(cx, Some(lane)), address, bytes: bytes as u64, what });
+            return Err(Error::OutOfBounds {
+                at: self.place(cx, Some(lane)),
+                address,
+                bytes: bytes as u64,
+                what,
+            });
         };
-        if address % alignment as u64 != 0 {
+        if !address.is_multiple_of(alignment as u64) {
             let what = format!("buffer {}+{offset}", memory.buffers()[buffer].name);
             let (at, alignment) = (self.place(cx, Some(lane)), alignment as u64);
             return Err(Error::Misaligned { at, address, alignment, what });
@@ -107,7 +117,13 @@ impl Cluster<'_> {
         })
     }
 
-    pub(super) fn write_global(&self, who: Who, range: Range, atomic: bool, unordered: bool) -> Result<(), Error> {
+    pub(super) fn write_global(
+        &self,
+        who: Who,
+        range: Range,
+        atomic: bool,
+        unordered: bool,
+    ) -> Result<(), Error> {
         self.order_global(who, range, global::Access { write: true, atomic, unordered, step: who.1 })
     }
 
@@ -121,7 +137,11 @@ impl Cluster<'_> {
     ) -> Result<(), Error> {
         let range = (buffer, offset, out.len());
         self.count_global(range, false);
-        self.order_global(who, range, global::Access { write: false, atomic, unordered: false, step: who.1 })?;
+        self.order_global(
+            who,
+            range,
+            global::Access { write: false, atomic, unordered: false, step: who.1 },
+        )?;
         let storage = &self.device.global.memory.buffers()[buffer];
         if let Some(byte) = storage.unwritten(offset, out.len()) {
             let what = format!("byte {byte} of buffer {}", storage.name);
@@ -148,6 +168,9 @@ impl Cluster<'_> {
     ) -> Result<(), Error> {
         let addresses = self.operand(cx, 0)?;
         let (size, total) = (size as usize, size as usize * count);
+        if !matches!(size, 2 | 4 | 8) || !matches!(count, 1 | 2 | 4) || total > 16 {
+            return Err(self.unsupported(cx, format!("access of {count} values of {size} bytes")));
+        }
         let mut results = [[0; 32]; 4];
         let mut data = [0; 16];
         if space == Space::Shared {
@@ -157,7 +180,8 @@ impl Cluster<'_> {
             match space {
                 Space::Shared => {
                     let bytes = total as u32;
-                    let (block, offset) = self.shared_at(cx, lane, addresses[lane] as u32, bytes, bytes, false)?;
+                    let (block, offset) =
+                        self.shared_at(cx, lane, addresses[lane] as u32, bytes, bytes, false)?;
                     let access = self.warps[cx.warp].access(lane as u8, cx.step);
                     self.check_shared((cx.warp, cx.step), Some(lane), false, (block, offset, bytes), access)?;
                     let from = offset as usize;
@@ -196,6 +220,9 @@ impl Cluster<'_> {
     ) -> Result<(), Error> {
         let addresses = self.operand(cx, 0)?;
         let (size, total) = (size as usize, size as usize * count);
+        if !matches!(size, 2 | 4 | 8) || !matches!(count, 1 | 2 | 4) || total > 16 {
+            return Err(self.unsupported(cx, format!("access of {count} values of {size} bytes")));
+        }
         let mut values = [[0; 32]; 4];
         for (i, value) in values.iter_mut().enumerate().take(count) {
             *value = self.operand(cx, i + 1)?;
@@ -216,7 +243,8 @@ impl Cluster<'_> {
             match space {
                 Space::Shared => {
                     let bytes = total as u32;
-                    let (block, offset) = self.shared_at(cx, lane, addresses[lane] as u32, bytes, bytes, false)?;
+                    let (block, offset) =
+                        self.shared_at(cx, lane, addresses[lane] as u32, bytes, bytes, false)?;
                     self.store_shared(cx, lane, block, offset, data)?;
                 }
                 Space::Global => {
@@ -235,7 +263,14 @@ impl Cluster<'_> {
         Ok(())
     }
 
-    fn store_shared(&mut self, cx: Context<'_>, lane: usize, block: usize, offset: u32, data: &[u8]) -> Result<(), Error> {
+    fn store_shared(
+        &mut self,
+        cx: Context<'_>,
+        lane: usize,
+        block: usize,
+        offset: u32,
+        data: &[u8],
+    ) -> Result<(), Error> {
         let from = offset as usize;
         let bytes = data.len() as u32;
         let warp = &self.warps[cx.warp];
@@ -249,7 +284,8 @@ impl Cluster<'_> {
         match result {
             Ok(()) => {}
             // Lanes that store the same value to the same place agree.
-            Err(Conflict::AfterWrite(step)) if step == cx.step && shared.data[from..from + data.len()] == *data => {}
+            Err(Conflict::AfterWrite(step))
+                if step == cx.step && shared.data[from..from + data.len()] == *data => {}
             Err(conflict) => {
                 let at = self.place(cx, Some(lane));
                 return Err(self.conflict(at, "write", offset, bytes, conflict));
@@ -260,7 +296,13 @@ impl Cluster<'_> {
     }
 
     /// Lanes of one store must not write different values to one place.
-    fn distinct(&self, cx: Context<'_>, addresses: &Lanes, rows: &[[u8; 16]; 32], bytes: usize) -> Result<(), Error> {
+    fn distinct(
+        &self,
+        cx: Context<'_>,
+        addresses: &Lanes,
+        rows: &[[u8; 16]; 32],
+        bytes: usize,
+    ) -> Result<(), Error> {
         let mut order: Vec<usize> = lanes(cx.lanes).collect();
         if order.is_sorted_by(|&a, &b| addresses[a] < addresses[b]) {
             return Ok(());
@@ -285,13 +327,17 @@ impl Cluster<'_> {
     /// `atom` and `red`.
     pub(super) fn atomic(&mut self, cx: Context<'_>, op: WarpOp) -> Result<(), Error> {
         let WarpOp::Atomic { space, op, ty, count, returns, order } = op else { return Ok(()) };
-        if ty.bits() != 32 || modify(op, ty, 0, 0, 0).is_none() || count > 1 && op != AtomOp::Add {
+        if ty.bits() != 32
+            || modify(op, ty, 0, 0, 0).is_none()
+            || !matches!(count, 1 | 2 | 4)
+            || count > 1 && (op != AtomOp::Add || space == Space::Shared)
+        {
             return Err(self.unsupported(cx, format!("atomic {op:?} of {count} {ty}")));
         }
         let addresses = self.operand(cx, 0)?;
         let count = count as usize;
         let mut values = [[0; 32]; 4];
-        for (i, value) in values.iter_mut().enumerate().take(cx.instr.src.len() - 1) {
+        for (i, value) in values.iter_mut().enumerate().take(cx.instr.src.len().saturating_sub(1)) {
             *value = self.operand(cx, i + 1)?;
         }
         if space == Space::Shared {
@@ -364,7 +410,11 @@ pub(super) fn modify(op: AtomOp, ty: Type, old: u32, a: u32, b: u32) -> Option<u
         (AtomOp::Min, Type::S32) => (old as i32).min(a as i32) as u32,
         (AtomOp::Max, Type::S32) => (old as i32).max(a as i32) as u32,
         (AtomOp::Inc, Type::U32 | Type::B32) => {
-            if old >= a { 0 } else { old + 1 }
+            if old >= a {
+                0
+            } else {
+                old + 1
+            }
         }
         _ => return None,
     })

@@ -162,7 +162,8 @@ impl<'a> Cluster<'a> {
         agent: u16,
         asynchronous: bool,
     ) -> Result<(), Error> {
-        let access = Access { agent, event: PENDING, asynchronous, ..self.warps[cx.warp].access(lane as u8, cx.step) };
+        let access =
+            Access { agent, event: PENDING, asynchronous, ..self.warps[cx.warp].access(lane as u8, cx.step) };
         for (to, bytes) in plan.spans(offset) {
             self.check_shared((cx.warp, cx.step), Some(lane), true, (block, to, bytes), access)?;
         }
@@ -178,7 +179,8 @@ impl<'a> Cluster<'a> {
         (block, offset): (usize, u32),
         (agent, event): (u16, u32),
     ) -> Result<Vec<u8>, Error> {
-        let access = Access { agent, event, asynchronous: true, ..self.warps[cx.warp].access(lane as u8, cx.step) };
+        let access =
+            Access { agent, event, asynchronous: true, ..self.warps[cx.warp].access(lane as u8, cx.step) };
         for (from, bytes) in plan.spans(offset) {
             self.check_shared((cx.warp, cx.step), Some(lane), false, (block, from, bytes), access)?;
         }
@@ -200,8 +202,13 @@ impl<'a> Cluster<'a> {
             let mut parts = Vec::new();
             for lane in lanes(mask) {
                 let (size, valid) = (sizes[lane] as u32, valid[lane] as u32);
-                if !matches!(size, 4 | 8 | 16) || valid > size || size != 16 && cx.instr.row.name().contains(".cg") {
-                    let problem = format!("cp.async of {size} bytes, {valid} of them read: expected 4, 8 or 16 (.cg: 16)");
+                if !matches!(size, 4 | 8 | 16)
+                    || valid > size
+                    || size != 16 && cx.instr.row.name().contains(".cg")
+                {
+                    let problem = format!(
+                        "cp.async of {size} bytes, {valid} of them read: expected 4, 8 or 16 (.cg: 16)"
+                    );
                     return Err(self.unsupported(cx, problem));
                 }
                 let (_, offset) = self.shared_at(cx, lane, to[lane] as u32, size, size, false)?;
@@ -222,7 +229,9 @@ impl<'a> Cluster<'a> {
 
     /// Arrivals that come after the warp's copies so far.
     pub(super) fn issue_arrivals(&mut self, cx: Context<'a>, targets: Vec<(usize, u32, u32)>) {
-        let own = |pending: &&Pending<'_>| pending.cx.warp == cx.warp && matches!(pending.effect, Effect::Copy { .. });
+        let own = |pending: &&Pending<'_>| {
+            pending.cx.warp == cx.warp && matches!(pending.effect, Effect::Copy { .. })
+        };
         let last = self.pending.iter().filter(own).map(|pending| pending.due).max();
         let due = last.unwrap_or(self.time) + 1;
         let event = self.warps[cx.warp].copies.issued;
@@ -231,8 +240,10 @@ impl<'a> Cluster<'a> {
 
     /// A size operand of a bulk copy.
     fn bulk_bytes(&self, cx: Context<'a>, bytes: u64) -> Result<usize, Error> {
-        if bytes == 0 || bytes % 16 != 0 || bytes >= 1 << 20 {
-            return Err(self.unsupported(cx, format!("bulk copy of {bytes} bytes: expected a multiple of 16")));
+        if bytes == 0 || !bytes.is_multiple_of(16) || bytes >= 1 << 20 {
+            return Err(
+                self.unsupported(cx, format!("bulk copy of {bytes} bytes: expected a multiple of 16"))
+            );
         }
         Ok(bytes as usize)
     }
@@ -300,6 +311,7 @@ impl<'a> Cluster<'a> {
             let agent = self.mbarrier_agent(mbarrier);
             // The source is free when the copy has come: in the phase that is running.
             let event = self.mbarrier_phase(mbarrier) + 1;
+            self.use_block(source.0, (agent, event, cx.step));
             let data = self.take_shared(cx, lane, &plan, source, (agent, event))?;
             self.reserve(cx, lane, &plan, target, agent, true)?;
             self.issue(cx, Effect::Move { data, target, mbarrier });

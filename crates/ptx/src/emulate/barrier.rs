@@ -32,7 +32,7 @@ const REGISTERS: u32 = 65536;
 
 /// Registers a thread has at launch when ptxas may use as many as fit.
 pub(super) fn launch_registers(kernel: &Kernel) -> u32 {
-    let threads = kernel.threads().next_multiple_of(128) * kernel.min_blocks.max(1);
+    let threads = kernel.threads().next_multiple_of(128).saturating_mul(kernel.min_blocks.max(1));
     (REGISTERS / threads.max(1)).min(255) / 8 * 8
 }
 
@@ -46,13 +46,17 @@ impl Cluster<'_> {
             return Err(self.misuse(cx, format!("barrier {id}: expected 0 to 15")));
         }
         if threads == 0 || threads % 32 != 0 || threads > most {
-            let problem = format!("barrier {id} for {threads} threads: expected a multiple of 32 up to the block's {most}");
+            let problem = format!(
+                "barrier {id} for {threads} threads: expected a multiple of 32 up to the block's {most}"
+            );
             return Err(self.misuse(cx, problem));
         }
         let barrier = &mut self.blocks[block].barriers[id as usize];
         if barrier.expected != 0 && barrier.expected != threads {
             let expected = barrier.expected;
-            return Err(self.misuse(cx, format!("barrier {id} for {threads} threads, others came for {expected}")));
+            return Err(
+                self.misuse(cx, format!("barrier {id} for {threads} threads, others came for {expected}"))
+            );
         }
         if barrier.warps.iter().any(|&(warp, _)| warp == cx.warp) {
             return Err(self.misuse(cx, format!("barrier {id}: the warp has already arrived in this phase")));
@@ -84,11 +88,16 @@ impl Cluster<'_> {
     pub(super) fn cluster_arrive(&mut self, cx: Context<'_>, release: bool) -> Result<Flow, Error> {
         let warp = &mut self.warps[cx.warp];
         if warp.cluster != Arrival::None {
-            return Err(self.misuse(cx, "the warp has arrived at the cluster's barrier and not waited since".to_owned()));
+            return Err(self.misuse(
+                cx,
+                "the warp has arrived at the cluster's barrier and not waited since".to_owned(),
+            ));
         }
         warp.cluster = Arrival::Arrived;
         if release {
             warp.release(&mut self.barrier[0]);
+        } else {
+            self.barrier[0].seen.join(&warp.fenced);
         }
         self.cluster_release();
         Ok(Flow::Next)
@@ -117,7 +126,9 @@ impl Cluster<'_> {
     pub(super) fn cluster_wait(&mut self, cx: Context<'_>) -> Result<Flow, Error> {
         let warp = &mut self.warps[cx.warp];
         match warp.cluster {
-            Arrival::None => Err(self.misuse(cx, "wait at the cluster's barrier without an arrival before".to_owned())),
+            Arrival::None => {
+                Err(self.misuse(cx, "wait at the cluster's barrier without an arrival before".to_owned()))
+            }
             Arrival::Arrived => {
                 warp.wait = Wait::Cluster;
                 Ok(Flow::Wait)
@@ -131,7 +142,12 @@ impl Cluster<'_> {
     }
 
     /// `setmaxnreg`: the pool is what the block had at launch, if ptxas takes as many as fit.
-    pub(super) fn set_max_registers(&mut self, cx: Context<'_>, increase: bool, count: u8) -> Result<Flow, Error> {
+    pub(super) fn set_max_registers(
+        &mut self,
+        cx: Context<'_>,
+        increase: bool,
+        count: u8,
+    ) -> Result<Flow, Error> {
         // The largest is 256, which a byte does not hold.
         let count = if count == 0 { 256 } else { count as u32 };
         if count % 8 != 0 || count < 24 {

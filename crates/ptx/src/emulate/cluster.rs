@@ -11,16 +11,16 @@ use rand::{Rng, SeedableRng};
 
 use super::INSTRUCTION_BUDGET;
 use super::asynchronous::Pending;
-use super::barrier::{Arrival, Barrier};
+use super::barrier::{Barrier, launch_registers};
 use super::clocks::Clocks;
-use super::error::{Error, Place};
+use super::error::Error;
 use super::global::{Global, Order};
 use super::mbarrier::Mbarrier;
 use super::program::{Code, Program, Step};
 use super::report::Counters;
-use super::shared::{Accessor, Conflict, Shared};
-use super::warp::{Awaited, Fault, FaultKind, Frame, Wait, Warp, lanes};
-use crate::instr::{Instr, Lanes, Operand, RegId, Semantics, Site};
+use super::shared::Shared;
+use super::warp::{Awaited, Frame, Wait, Warp, lanes};
+use crate::instr::{Instr, Lanes, Operand, RegId, Semantics};
 use crate::kernel::TensorMap;
 
 /// An argument as the kernel sees it.
@@ -46,6 +46,8 @@ pub(super) struct Block {
     pub barriers: Vec<Barrier>,
     /// By offset in shared memory.
     pub mbarriers: std::collections::BTreeMap<u32, Mbarrier>,
+    /// Uses of its shared memory from outside that it must know to be over before it ends: agent, event, step.
+    pub uses: Vec<(u16, u32, u32)>,
     /// Warps that have not ended.
     pub running: usize,
 }
@@ -109,6 +111,7 @@ impl<'a> Cluster<'a> {
                 shared: Shared::new(device.shared_bytes),
                 barriers: vec![Barrier::default(); 16],
                 mbarriers: Default::default(),
+                uses: Vec::new(),
                 running: warps_per_block as usize,
             });
             for index in 0..warps_per_block {
@@ -117,7 +120,7 @@ impl<'a> Cluster<'a> {
                 warps.push(Warp::new(rank as usize, index, warps.len() as u16, live, kernel.registers.len()));
             }
         }
-        let registers = super::launch_registers(kernel);
+        let registers = launch_registers(kernel);
         warps.iter_mut().for_each(|warp| warp.max_registers = registers);
         Cluster {
             device,
@@ -131,7 +134,9 @@ impl<'a> Cluster<'a> {
             time: 0,
             events: 0,
             // Neighbouring clusters and seeds must not share a sequence: spread them by an odd constant.
-            rng: SmallRng::seed_from_u64(device.seed.wrapping_add((id as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15))),
+            rng: SmallRng::seed_from_u64(
+                device.seed.wrapping_add((id as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)),
+            ),
             order: Order::new(id),
             counters: Counters::new(device.global.memory.buffers().len()),
         }
@@ -185,12 +190,12 @@ impl<'a> Cluster<'a> {
         self.time += 1;
         warp.executed += 1;
         let at = warp.pc;
+        if warp.executed > INSTRUCTION_BUDGET {
+            let at = self.place_at(w, at as u32, None);
+            return Err(Error::Budget { at, instructions: INSTRUCTION_BUDGET });
+        }
         match step {
             Step::Instr(code) => {
-                if warp.executed > INSTRUCTION_BUDGET {
-                    let place = self.place_at(w, at as u32, None);
-                    return Err(Error::Budget { at: place, instructions: INSTRUCTION_BUDGET });
-                }
                 let again = matches!(warp.wait, Wait::Event { .. });
                 let since = self.events;
                 let flow = self.instruction(w, at as u32, code, again)?;
@@ -262,7 +267,8 @@ impl<'a> Cluster<'a> {
             Ok(values) => values,
             Err(fault) => return Err(self.fault(w, step, fault)),
         };
-        let mask = values.iter().enumerate().fold(0u32, |mask, (lane, &bits)| mask | ((bits & 1) as u32) << lane);
+        let mask =
+            values.iter().enumerate().fold(0u32, |mask, (lane, &bits)| mask | ((bits & 1) as u32) << lane);
         Ok(if value { mask } else { !mask } & warp.active)
     }
 
@@ -289,14 +295,14 @@ impl<'a> Cluster<'a> {
         match instr.row.semantics {
             Semantics::Warp(op) => self.warp_op(context, op),
             Semantics::Lane(f) => {
-                let mut operands = [[0; 32]; 4];
-                for i in 0..instr.src.len().min(4) {
-                    operands[i] = self.operand(context, i)?;
+                let (mut operands, mut results) = ([[0; 32]; 4], [[0; 32]; 2]);
+                let (read, written) = (instr.src.len().min(4), instr.dst.len().min(2));
+                for (i, operand) in operands[..read].iter_mut().enumerate() {
+                    *operand = self.operand(context, i)?;
                 }
-                let mut results = [[0; 32]; 2];
-                f(&mut results[..instr.dst.len().min(2)], &operands[..instr.src.len().min(4)]);
-                for i in 0..instr.dst.len().min(2) {
-                    self.set(context, i, &results[i])?;
+                f(&mut results[..written], &operands[..read]);
+                for (i, result) in results[..written].iter().enumerate() {
+                    self.set(context, i, result)?;
                 }
                 Ok(Flow::Next)
             }
@@ -305,10 +311,11 @@ impl<'a> Cluster<'a> {
 
     /// Values of a source operand; an address has its offset added.
     pub(super) fn operand(&self, cx: Context<'_>, i: usize) -> Result<Lanes, Error> {
-        match cx.instr.src[i] {
-            Operand::Imm(bits, _) => Ok([bits; 32]),
-            Operand::Reg(id) | Operand::Address(id, 0) => self.register(cx, id).copied(),
-            Operand::Address(id, offset) => {
+        match cx.instr.src.get(i) {
+            None => Err(self.unsupported(cx, format!("{} has no operand {i}", cx.instr.row.name()))),
+            Some(&Operand::Imm(bits, _)) => Ok([bits; 32]),
+            Some(&(Operand::Reg(id) | Operand::Address(id, 0))) => self.register(cx, id).copied(),
+            Some(&Operand::Address(id, offset)) => {
                 // 32-bit addresses wrap as such.
                 let mask = match self.device.program.kernel.registers[id.0 as usize].ty.bits() {
                     64 => u64::MAX,
@@ -341,193 +348,10 @@ impl<'a> Cluster<'a> {
 
     /// Writes a result in the lanes that execute.
     pub(super) fn set(&mut self, cx: Context<'_>, i: usize, values: &Lanes) -> Result<(), Error> {
-        let result = self.warps[cx.warp].registers.write(cx.instr.dst[i], cx.lanes, values);
-        result.map_err(|fault| self.fault(cx.warp, cx.step, fault))
-    }
-
-    // ---- ends and errors ---------------------------------------------------------------------------------------
-
-    fn end(&mut self, w: usize) -> Result<(), Error> {
-        let warp = &mut self.warps[w];
-        warp.done = true;
-        let block = warp.block;
-        self.blocks[block].running -= 1;
-        // Ended warps are not waited for.
-        self.cluster_release();
-        if self.blocks[block].running == 0 {
-            self.check_exit(block)?;
-        }
-        Ok(())
-    }
-
-    fn check_exit(&mut self, block: usize) -> Result<(), Error> {
-        let program = self.device.program;
-        let pending = |problem: String| Error::PendingAtExit {
-            kernel: program.kernel.name.clone(),
-            block: self.blocks[block].index,
-            problem,
+        let Some(&id) = cx.instr.dst.get(i) else {
+            return Err(self.unsupported(cx, format!("{} has no result {i}", cx.instr.row.name())));
         };
-        for group in self.warps.iter().filter(|warp| warp.block == block).collect::<Vec<_>>().chunks(4) {
-            let first = group[0];
-            if let Some(other) = group.iter().find(|w| (w.products, w.products_hash) != (first.products, first.products_hash)) {
-                return Err(pending(format!(
-                    "warps {} and {} of a warpgroup did not execute the same wgmma ({} and {} of them)",
-                    first.index, other.index, first.products, other.products
-                )));
-            }
-            for warp in group {
-                if warp.registers.completed < warp.groups || warp.uncommitted {
-                    return Err(pending(format!("warp {} has not waited for its last wgmma", warp.index)));
-                }
-                if let Some(copy) = warp.bulk.copies.iter().find(|copy| copy.unread != 0) {
-                    let site = program.sites[copy.step as usize];
-                    let what = "has not waited until the bulk copy has read shared memory, issued at";
-                    return Err(pending(format!("warp {} {what} {site}", warp.index)));
-                }
-            }
-        }
-        for (&offset, mbarrier) in &self.blocks[block].mbarriers {
-            if let Some(problem) = mbarrier.unfinished() {
-                return Err(pending(format!("{} {problem}", self.shared_name(offset))));
-            }
-        }
-        for w in 0..self.warps.len() {
-            let warp = &self.warps[w];
-            if let Some(copy) = warp.copies.copies.front().filter(|_| warp.block == block) {
-                let site = program.sites[copy.step as usize];
-                self.counters.warn(format!("{site}: cp.async that is not waited for before the block ends"));
-            }
-        }
-        Ok(())
-    }
-
-    fn deadlock(&self) -> Error {
-        let waits = self.warps.iter().enumerate().filter(|(_, warp)| !warp.done).map(|(w, warp)| {
-            // A barrier's waiter stands behind it.
-            let at = if matches!(warp.wait, Wait::Event { .. }) { warp.pc } else { warp.pc.saturating_sub(1) };
-            format!("{} waits for {}", self.place_at(w, at as u32, None), self.awaited(w))
-        });
-        Error::Deadlock { kernel: self.device.program.kernel.name.clone(), waits: waits.collect() }
-    }
-
-    fn awaited(&self, w: usize) -> String {
-        let warp = &self.warps[w];
-        match warp.wait {
-            Wait::Ready => "its turn".to_owned(),
-            Wait::Barrier(id) => {
-                let barrier = &self.blocks[warp.block].barriers[id as usize];
-                format!("barrier {id}: {} of {} threads have arrived", barrier.arrived, barrier.expected)
-            }
-            Wait::Cluster => format!(
-                "the cluster's barrier: {} of {} warps have arrived or ended",
-                self.warps.iter().filter(|warp| warp.done || warp.cluster == Arrival::Arrived).count(),
-                self.warps.len()
-            ),
-            Wait::Event { what: Awaited::Mbarrier { block, offset, parity }, .. } => {
-                let state = self.blocks[block].mbarriers.get(&offset).map(Mbarrier::to_string).unwrap_or_default();
-                format!("{}, parity {parity}: {state}", self.shared_name(offset))
-            }
-            Wait::Event { what: Awaited::Copies, .. } => "its cp.async".to_owned(),
-            Wait::Event { what: Awaited::BulkCopies, .. } => "its bulk copies".to_owned(),
-            Wait::Event { what: Awaited::Registers(count), .. } => {
-                format!("setmaxnreg.inc to {count} registers, more than the other warps leave")
-            }
-        }
-    }
-
-    pub(super) fn site(&self, step: u32) -> Site {
-        self.device.program.sites[step as usize]
-    }
-
-    pub(super) fn place_at(&self, w: usize, step: u32, lane: Option<usize>) -> Box<Place> {
-        let warp = &self.warps[w];
-        Box::new(Place {
-            kernel: self.device.program.kernel.name.clone(),
-            block: self.blocks[warp.block].index,
-            warp: warp.index,
-            lane: lane.map(|lane| lane as u32),
-            site: self.site(step),
-        })
-    }
-
-    pub(super) fn place(&self, cx: Context<'_>, lane: Option<usize>) -> Box<Place> {
-        self.place_at(cx.warp, cx.step, lane)
-    }
-
-    pub(super) fn unsupported(&self, cx: Context<'_>, problem: String) -> Error {
-        Error::Unsupported { at: self.place(cx, None), problem }
-    }
-
-    pub(super) fn misuse(&self, cx: Context<'_>, problem: String) -> Error {
-        Error::BarrierMisuse { at: self.place(cx, None), problem }
-    }
-
-    pub(super) fn divergent(&self, cx: Context<'_>, needed: u32) -> Error {
-        let instruction = cx.instr.row.name().to_owned();
-        Error::DivergentAligned { at: self.place(cx, None), instruction, active: cx.lanes, needed }
-    }
-
-    pub(super) fn fault(&self, w: usize, step: u32, fault: Fault) -> Error {
-        let register = &self.device.program.kernel.registers[fault.register.0 as usize];
-        let at = self.place_at(w, step, fault.lane.map(|lane| lane as usize));
-        match fault.kind {
-            FaultKind::Undefined => {
-                let what = format!("the {} register made at {}", register.ty, register.site);
-                Error::Uninitialised { at, what }
-            }
-            FaultKind::InFlight(problem) => Error::InFlight { at, register: register.site, problem },
-        }
-    }
-
-    /// The region of shared memory that contains an offset, and where in it.
-    pub(super) fn shared_name(&self, offset: u32) -> String {
-        let regions = &self.device.program.kernel.shared;
-        match regions.iter().find(|region| (region.offset..region.offset + region.bytes.max(1)).contains(&offset)) {
-            Some(region) => format!("shared {}+{}", region.name, offset - region.offset),
-            None => format!("shared memory+{offset}"),
-        }
-    }
-
-    pub(super) fn conflict(&self, at: Box<Place>, access: &'static str, offset: u32, bytes: u32, conflict: Conflict) -> Error {
-        let what = self.shared_name(offset);
-        match conflict {
-            Conflict::AfterWrite(step) => {
-                Error::Race { at, access, what, other_access: "write", other: self.site(step) }
-            }
-            Conflict::AfterRead(step) => {
-                Error::Race { at, access, what, other_access: "read", other: self.site(step) }
-            }
-            Conflict::Fence(step) => Error::MissingProxyFence { at, what, other: self.site(step) },
-            Conflict::Uninitialised => Error::Uninitialised { at, what },
-            Conflict::Mbarrier => {
-                Error::BarrierMisuse { at, problem: format!("{access} of {what}, where an mbarrier is") }
-            }
-            Conflict::Bounds => {
-                // A descriptor may lie before the first byte.
-                let (address, bytes) = (offset.wrapping_add(super::shared::BASE) as u64, bytes as u64);
-                let what = format!("the block has {} bytes of shared memory", self.device.shared_bytes);
-                Error::OutOfBounds { at, address, bytes, what }
-            }
-        }
-    }
-
-    /// Checks a read of shared memory by lanes of a warp, or through the asynchronous proxy.
-    pub(super) fn check_shared(
-        &mut self,
-        (w, step): (usize, u32),
-        lane: Option<usize>,
-        write: bool,
-        (block, offset, bytes): (usize, u32, u32),
-        access: super::shared::Access,
-    ) -> Result<(), Error> {
-        let warp = &self.warps[w];
-        let accessor = Accessor { access, issuer: warp.agent, clocks: &warp.clocks };
-        let shared = &mut self.blocks[block].shared;
-        let result =
-            if write { shared.write(offset, bytes, &accessor) } else { shared.read(offset, bytes, &accessor) };
-        result.map_err(|conflict| {
-            let name = if write { "write" } else { "read" };
-            self.conflict(self.place_at(w, step, lane), name, offset, bytes, conflict)
-        })
+        let result = self.warps[cx.warp].registers.write(id, cx.lanes, values);
+        result.map_err(|fault| self.fault(cx.warp, cx.step, fault))
     }
 }

@@ -228,7 +228,9 @@ pub enum Error {
         at: Box<Place>,
     },
     /// A warp executed more instructions than [`INSTRUCTION_BUDGET`](super::INSTRUCTION_BUDGET): it spins.
-    #[error("{at}: still running after {instructions} instructions; does it spin on something that never comes?")]
+    #[error(
+        "{at}: still running after {instructions} instructions; does it spin on something that never comes?"
+    )]
     Budget {
         /// Where it is.
         at: Box<Place>,

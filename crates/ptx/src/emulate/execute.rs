@@ -22,8 +22,12 @@ impl<'a> Cluster<'a> {
                 let base = Self::local_address(self.warps[cx.warp].block, 0);
                 self.set(cx, 0, &[base as u64; 32])?;
             }
-            W::Load { space, bits, count, order } => self.load(cx, space, bits as u32 / 8, count as usize, order)?,
-            W::Store { space, bits, count, order } => self.store(cx, space, bits as u32 / 8, count as usize, order)?,
+            W::Load { space, bits, count, order } => {
+                self.load(cx, space, bits as u32 / 8, count as usize, order)?
+            }
+            W::Store { space, bits, count, order } => {
+                self.store(cx, space, bits as u32 / 8, count as usize, order)?
+            }
             W::Atomic { .. } => self.atomic(cx, op)?,
             W::CpAsync => self.cp_async(cx)?,
             W::CpAsyncCommit => self.warps[cx.warp].copies.commit(cx.lanes),
@@ -140,7 +144,11 @@ impl<'a> Cluster<'a> {
         let value = match (self.device.args.get(index as usize), address) {
             (Some(Value::Bits(bits)), false) => *bits,
             (Some(Value::Map { .. }), true) => PARAMETERS + 128 * index,
-            _ => return Err(self.unsupported(cx, format!("parameter {index} is not there, or of another kind"))),
+            _ => {
+                return Err(
+                    self.unsupported(cx, format!("parameter {index} is not there, or of another kind"))
+                );
+            }
         };
         self.set(cx, 0, &[value; 32])
     }
@@ -171,7 +179,8 @@ impl<'a> Cluster<'a> {
             };
             let from = if valid { from as usize } else { lane };
             if cx.lanes >> from & 1 == 0 {
-                let problem = format!("shfl: lane {lane} takes the value of lane {from}, which does not execute it");
+                let problem =
+                    format!("shfl: lane {lane} takes the value of lane {from}, which does not execute it");
                 return Err(self.unsupported(cx, problem));
             }
             results[lane] = values[from];
@@ -222,8 +231,9 @@ impl<'a> Cluster<'a> {
         };
         warp.clocks.seen.learn(3 * own + warp.agent, warp.bulk.read_up_to());
         for copy in finished {
+            // From here on what it wrote can be released to other blocks.
             for (buffer, offset, bytes) in copy.rows {
-                self.write_global((cx.warp, copy.step, None), (buffer, offset, bytes), false, false)?;
+                self.device.global.settle(buffer, offset, bytes, &self.order);
             }
         }
         Ok(Flow::Next)

@@ -189,15 +189,35 @@ impl<'m> Global<'m> {
                 (page.write[i].load(SeqCst), 0)
             };
             for (earlier, other) in [(Tag(write), "write"), (Tag(read), "read")] {
-                let Some(cluster) = earlier.cluster().filter(|&cluster| cluster != order.cluster) else { continue };
+                let Some(cluster) = earlier.cluster() else { continue };
                 let both_atomic = earlier.atomic() && access.atomic;
-                let known = order.seen.get(&cluster).is_some_and(|&known| known >= earlier.epoch());
+                let known = match order.seen.get(&cluster) {
+                    // Of the own accesses only bulk stores that no one has waited for are not ordered.
+                    _ if cluster == order.cluster => earlier.epoch() != UNORDERED,
+                    known => known.is_some_and(|&known| known >= earlier.epoch()),
+                };
                 if !both_atomic && !known && earlier.halves() & halves != 0 {
                     return Err(Raced { other, step: earlier.step() });
                 }
             }
         }
         Ok(())
+    }
+
+    /// A bulk store has been waited for: its writes are ordered before what the cluster does from here on.
+    pub(super) fn settle(&self, buffer: usize, offset: usize, bytes: usize, order: &Order) {
+        if !self.several {
+            return;
+        }
+        for word in offset / 4..(offset + bytes).div_ceil(4) {
+            let (page, i) = self.page(buffer, word);
+            let tag = Tag(page.write[i].load(SeqCst));
+            if tag.cluster() == Some(order.cluster) && tag.epoch() == UNORDERED {
+                let settled = Tag::new(order.cluster, order.epoch, tag.step(), tag.halves(), tag.atomic());
+                // Another cluster's write in between stays.
+                let _ = page.write[i].compare_exchange(tag.0, settled.0, SeqCst, SeqCst);
+            }
+        }
     }
 
     /// Keeps the first reader, until the same cluster reads again.
@@ -223,10 +243,11 @@ impl<'m> Global<'m> {
 
     /// After a read that may have observed another cluster's write.
     pub(super) fn acquire(&self, address: u64, order: &mut Order, acquires: bool) {
-        if self.any_released.load(SeqCst) {
-            if let Some(epochs) = lock(&self.released).get(&address) {
-                join(if acquires { &mut order.seen } else { &mut order.observed }, epochs);
-            }
+        if !self.any_released.load(SeqCst) {
+            return;
+        }
+        if let Some(epochs) = lock(&self.released).get(&address) {
+            join(if acquires { &mut order.seen } else { &mut order.observed }, epochs);
         }
     }
 }

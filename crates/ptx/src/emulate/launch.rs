@@ -108,11 +108,13 @@ pub fn emulate(kernel: &Kernel, memory: &mut Memory, launch: &Launch) -> Result<
 /// Checks the launch's shape; returns the number of clusters.
 fn shape(kernel: &Kernel, launch: &Launch, steps: usize) -> Result<u32, Error> {
     let refuse = |problem: String| Err(Error::LaunchShape { kernel: kernel.name.clone(), problem });
-    let threads = kernel.block.iter().try_fold(1u32, |product, &size| product.checked_mul(size)).unwrap_or(u32::MAX);
+    let threads =
+        kernel.block.iter().try_fold(1u32, |product, &size| product.checked_mul(size)).unwrap_or(u32::MAX);
     if threads == 0 || threads > 1024 {
         return refuse(format!("blocks of {:?} threads: expected 1 to 1024 in all", kernel.block));
     }
-    let blocks = kernel.cluster.iter().try_fold(1u32, |product, &size| product.checked_mul(size)).unwrap_or(u32::MAX);
+    let blocks =
+        kernel.cluster.iter().try_fold(1u32, |product, &size| product.checked_mul(size)).unwrap_or(u32::MAX);
     if blocks == 0 || blocks > 16 {
         return refuse(format!("clusters of {:?} blocks: expected 1 to 16 in all", kernel.cluster));
     }
@@ -124,11 +126,21 @@ fn shape(kernel: &Kernel, launch: &Launch, steps: usize) -> Result<u32, Error> {
     let limit = kernel.target.shared_limit();
     if launch.shared_bytes < kernel.shared_bytes || launch.shared_bytes > limit {
         let (given, needed) = (launch.shared_bytes, kernel.shared_bytes);
-        return refuse(format!("{given} bytes of shared memory: the kernel needs {needed}, {} has {limit}", kernel.target));
+        return refuse(format!(
+            "{given} bytes of shared memory: the kernel needs {needed}, {} has {limit}",
+            kernel.target
+        ));
     }
-    let clusters = launch.grid.iter().map(|&size| size as u64).product::<u64>() / blocks as u64;
+    let grid = launch
+        .grid
+        .iter()
+        .try_fold(1u64, |product, &size| product.checked_mul(size as u64))
+        .unwrap_or(u64::MAX);
+    let clusters = grid / blocks as u64;
     if !Global::fits(clusters, steps) {
-        return refuse(format!("{clusters} clusters of a program of {steps} steps are more than the emulator counts"));
+        return refuse(format!(
+            "{clusters} clusters of a program of {steps} steps are more than the emulator counts"
+        ));
     }
     Ok(clusters as u32)
 }
@@ -141,7 +153,8 @@ fn arguments(kernel: &Kernel, memory: &Memory, args: &[Arg]) -> Result<Vec<Value
     let mut values = Vec::with_capacity(args.len());
     for (index, (arg, param)) in args.iter().zip(&kernel.params).enumerate() {
         let parameter = || param.name.clone();
-        let refuse = |problem: String| Error::Argument { kernel: name(), index, parameter: parameter(), problem };
+        let refuse =
+            |problem: String| Error::Argument { kernel: name(), index, parameter: parameter(), problem };
         let storage = |buffer: &Buffer| {
             memory.storage(*buffer).ok_or_else(|| refuse("the buffer is not of this memory".to_owned()))
         };
@@ -162,12 +175,26 @@ fn arguments(kernel: &Kernel, memory: &Memory, args: &[Arg]) -> Result<Vec<Value
                     parameter: parameter(),
                     source,
                 })?;
+                let tile =
+                    map.tile.iter().map(|&size| size as u64).product::<u64>() * map.element.bytes() as u64;
+                let limit = kernel.target.shared_limit();
+                if tile > limit as u64 {
+                    return Err(refuse(format!(
+                        "a box of {tile} bytes, {} has {limit} of shared memory",
+                        kernel.target
+                    )));
+                }
                 let inner = map.shape[0] * map.element.bytes() as u64;
-                let outer = map.shape[1..].iter().zip(&map.strides).map(|(&size, &stride)| (size - 1) as u128 * stride as u128);
+                let outer = map.shape[1..]
+                    .iter()
+                    .zip(&map.strides)
+                    .map(|(&size, &stride)| (size - 1) as u128 * stride as u128);
                 let end = *offset as u128 + inner as u128 + outer.sum::<u128>();
                 if end > storage.bytes as u128 {
                     let (buffer, bytes) = (&storage.name, storage.bytes);
-                    return Err(refuse(format!("the tensor ends at byte {end} of buffer {buffer}, which has {bytes}")));
+                    return Err(refuse(format!(
+                        "the tensor ends at byte {end} of buffer {buffer}, which has {bytes}"
+                    )));
                 }
                 let at = memory.near(storage.address).unwrap_or(0);
                 Value::Map { map: map.clone(), address, buffer: at }
@@ -181,7 +208,13 @@ fn arguments(kernel: &Kernel, memory: &Memory, args: &[Arg]) -> Result<Vec<Value
                     ParamKind::TensorMap => "a tensor map",
                 };
                 let got = arg.kind();
-                return Err(Error::ArgumentKind { kernel: name(), index, parameter: parameter(), got, expected });
+                return Err(Error::ArgumentKind {
+                    kernel: name(),
+                    index,
+                    parameter: parameter(),
+                    got,
+                    expected,
+                });
             }
         });
     }

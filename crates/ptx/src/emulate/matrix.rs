@@ -17,9 +17,14 @@ static E5M2: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|bits| 
 pub(super) fn decode(element: Element, bytes: &[u8], mut put: impl FnMut(usize, f32)) {
     let half = |pair: &[u8]| u16::from_le_bytes([pair[0], pair[1]]);
     match element {
-        Element::F16 => bytes.chunks_exact(2).enumerate().for_each(|(i, x)| put(i, f16::from_bits(half(x)).to_f32())),
+        Element::F16 => {
+            bytes.chunks_exact(2).enumerate().for_each(|(i, x)| put(i, f16::from_bits(half(x)).to_f32()))
+        }
         Element::BF16 => {
-            bytes.chunks_exact(2).enumerate().for_each(|(i, x)| put(i, f32::from_bits((half(x) as u32) << 16)));
+            bytes
+                .chunks_exact(2)
+                .enumerate()
+                .for_each(|(i, x)| put(i, f32::from_bits((half(x) as u32) << 16)));
         }
         // The tensor core takes the upper 19 bits.
         Element::TF32 => bytes.chunks_exact(4).enumerate().for_each(|(i, x)| {
@@ -67,7 +72,14 @@ pub(super) fn accumulator(i: usize, lane: usize) -> (usize, usize) {
 }
 
 /// Adds sums to accumulator registers of a 16-row fragment; without `keep` what was there does not count.
-pub(super) fn accumulate(kind: Accumulator, register: &mut Lanes, j: usize, sums: &[f32], n: usize, keep: bool) {
+pub(super) fn accumulate(
+    kind: Accumulator,
+    register: &mut Lanes,
+    j: usize,
+    sums: &[f32],
+    n: usize,
+    keep: bool,
+) {
     for (lane, bits) in register.iter_mut().enumerate() {
         let sum = |i: usize| {
             let (row, column) = accumulator(i, lane);
@@ -89,10 +101,13 @@ pub(super) fn accumulate(kind: Accumulator, register: &mut Lanes, j: usize, sums
 impl Cluster<'_> {
     /// Block and offset of each row's 16 bytes.
     fn matrix_rows(&mut self, cx: Context<'_>, count: usize) -> Result<Vec<(usize, u32)>, Error> {
+        if !matches!(count, 1 | 2 | 4) {
+            return Err(self.unsupported(cx, format!("{count} matrices: expected 1, 2 or 4")));
+        }
         let addresses = self.operand(cx, 0)?;
         let mut rows = Vec::with_capacity(8 * count);
-        for lane in 0..8 * count {
-            rows.push(self.shared_at(cx, lane, addresses[lane] as u32, 16, 16, false)?);
+        for (lane, &address) in addresses[..8 * count].iter().enumerate() {
+            rows.push(self.shared_at(cx, lane, address as u32, 16, 16, false)?);
         }
         let lanes = if count == 4 { u32::MAX } else { (1 << (8 * count)) - 1 };
         self.count_wavefronts(&addresses.map(|a| a as u32), lanes, 16);
@@ -148,14 +163,25 @@ impl Cluster<'_> {
         Ok(())
     }
 
-    pub(super) fn mma(&mut self, cx: Context<'_>, k: usize, a: Element, b: Element, d: Accumulator) -> Result<(), Error> {
+    pub(super) fn mma(
+        &mut self,
+        cx: Context<'_>,
+        k: usize,
+        a: Element,
+        b: Element,
+        d: Accumulator,
+    ) -> Result<(), Error> {
         let registers = cx.instr.dst.len();
+        if a.bytes() != b.bytes() || !matches!(k as u32 * a.bytes(), 16 | 32) {
+            return Err(self.unsupported(cx, format!("mma of {a:?} and {b:?} of depth {k}")));
+        }
         let a_count = 16 * k * a.bytes() as usize / 128;
         let mut operands = Vec::with_capacity(cx.instr.src.len());
         for i in 0..cx.instr.src.len() {
             operands.push(self.operand(cx, i)?);
         }
-        if operands.len() != a_count + a_count / 2 + registers {
+        let expected = if d == Accumulator::F32 { 4 } else { 2 };
+        if registers != expected || operands.len() != a_count + a_count / 2 + registers {
             return Err(self.unsupported(cx, format!("mma of depth {k} with {} operands", operands.len())));
         }
         let left = fragment(a, &operands[..a_count], 16, k);

@@ -11,10 +11,15 @@ use super::warp::{Awaited, lanes};
 /// Most bytes that a phase may wait for.
 const TX_LIMIT: i64 = (1 << 20) - 1;
 
+/// Events of an mbarrier's second agent: it was initialised, and that was made known to the cluster and the asynchronous
+/// proxy.
+const INITIALISED: u32 = 1;
+const FENCED: u32 = 2;
+
 /// An initialised mbarrier.
 #[derive(Clone, Debug)]
 pub(super) struct Mbarrier {
-    /// Its number as an agent.
+    /// Its number as an agent; the next number is of its initialisation.
     pub agent: u16,
     /// Arrivals of a phase.
     count: u32,
@@ -24,10 +29,6 @@ pub(super) struct Mbarrier {
     bytes: i64,
     /// Phases completed.
     pub phase: u32,
-    /// The initialisation: warp and epoch.
-    init: (u16, u32),
-    /// Fences that made it known to the cluster and the asynchronous proxy: warp and epoch.
-    fences: Vec<(u16, u32)>,
     /// What arrivals so far have released, and what had been when the last phase completed.
     arrived: Clocks,
     released: Clocks,
@@ -60,8 +61,9 @@ impl Mbarrier {
         if self.bytes != 0 {
             return Some(format!("(an mbarrier) has bytes pending: {self}"));
         }
-        (self.copied > self.observed)
-            .then(|| format!("(an mbarrier) has got an asynchronous copy that no warp has waited for: {self}"))
+        (self.copied > self.observed).then(|| {
+            format!("(an mbarrier) has got an asynchronous copy that no warp has waited for: {self}")
+        })
     }
 }
 
@@ -86,13 +88,14 @@ impl<'a> Cluster<'a> {
             }
             if self.blocks[block].mbarriers.contains_key(&offset) {
                 let name = self.shared_name(offset);
-                return Err(self.misuse(cx, format!("{name} is an mbarrier already; mbarrier.inval must come before")));
+                return Err(self
+                    .misuse(cx, format!("{name} is an mbarrier already; mbarrier.inval must come before")));
             }
             let warp = &self.warps[cx.warp];
             let access = warp.access(lane as u8, cx.step);
             self.check_shared((cx.warp, cx.step), Some(lane), true, (block, offset, 8), access)?;
-            let Some(next) = self.agents.checked_add(1).filter(|&next| next < u16::MAX) else {
-                return Err(self.unsupported(cx, "more than 65,000 mbarriers were initialised".to_owned()));
+            let Some(next) = self.agents.checked_add(2).filter(|&next| next < u16::MAX) else {
+                return Err(self.unsupported(cx, "more than 32,000 mbarriers were initialised".to_owned()));
             };
             let mbarrier = Mbarrier {
                 agent: self.agents,
@@ -100,13 +103,12 @@ impl<'a> Cluster<'a> {
                 pending: count,
                 bytes: 0,
                 phase: 0,
-                init: (access.agent, access.event),
-                fences: Vec::new(),
                 arrived: Clocks::default(),
                 released: Clocks::default(),
                 copied: 0,
                 observed: 0,
             };
+            self.warps[cx.warp].clocks.seen.learn(mbarrier.agent + 1, INITIALISED);
             self.agents = next;
             self.blocks[block].mbarriers.insert(offset, mbarrier);
             self.blocks[block].shared.mark_mbarrier(offset, true);
@@ -129,16 +131,16 @@ impl<'a> Cluster<'a> {
         Ok(Flow::Next)
     }
 
-    /// The mbarriers that this warp has initialised, or knows of, are known beyond the block's threads.
+    /// The mbarriers that this warp has initialised, or knows of, become known beyond the block's threads.
     pub(super) fn fence_mbarriers(&mut self, w: usize) {
         let warp = &mut self.warps[w];
-        let fence = (warp.agent, warp.clocks.seen.get(warp.agent));
-        for mbarrier in self.blocks.iter_mut().flat_map(|block| block.mbarriers.values_mut()) {
-            if warp.clocks.seen.get(mbarrier.init.0) >= mbarrier.init.1 && !mbarrier.fences.iter().any(|f| f.0 == fence.0) {
-                mbarrier.fences.push(fence);
+        for mbarrier in self.blocks.iter().flat_map(|block| block.mbarriers.values()) {
+            let agent = mbarrier.agent + 1;
+            if warp.clocks.seen.get(agent) >= INITIALISED {
+                warp.clocks.seen.learn(agent, FENCED);
+                warp.fenced.learn(agent, FENCED);
             }
         }
-        warp.next_epoch();
     }
 
     /// Block and offset of an initialised mbarrier that the lane may use in this way.
@@ -157,15 +159,15 @@ impl<'a> Cluster<'a> {
             return Err(self.misuse(cx, problem));
         };
         let warp = &self.warps[cx.warp];
-        let knows = |(agent, event): (u16, u32)| warp.clocks.seen.get(agent) >= event;
-        if !knows(mbarrier.init) {
+        let known = warp.clocks.seen.get(mbarrier.agent + 1);
+        if known < INITIALISED {
             let problem = format!("mbarrier {} is used without a barrier after its initialisation", name());
             return Err(self.misuse(cx, problem));
         }
-        if (how == Use::Remote || block != warp.block) && !mbarrier.fences.iter().any(|&fence| knows(fence)) {
+        if (how == Use::Remote || block != warp.block) && known < FENCED {
             let problem = format!(
-                "mbarrier {} is used by the asynchronous proxy or another block without fence.mbarrier_init after \
-                 its initialisation",
+                "mbarrier {} is used by the asynchronous proxy or another block without fence.mbarrier_init between \
+                 its initialisation and the barrier before this use",
                 name()
             );
             return Err(self.misuse(cx, problem));
@@ -185,6 +187,11 @@ impl<'a> Cluster<'a> {
         let bytes = bytes.map(|i| self.operand(cx, i)).transpose()?;
         for lane in lanes(cx.lanes) {
             let (block, offset) = self.mbarrier_at(cx, lane, addresses[lane] as u32, Use::Local, cluster)?;
+            let warp = &self.warps[cx.warp];
+            if block != warp.block {
+                let event = warp.clocks.seen.get(warp.agent);
+                self.use_block(block, (warp.agent, event, cx.step));
+            }
             let expected = bytes.map_or(0, |bytes| bytes[lane] as u32) as i64;
             let Some(mbarrier) = self.blocks[block].mbarriers.get_mut(&offset) else { continue };
             mbarrier.bytes += expected;
@@ -207,8 +214,23 @@ impl<'a> Cluster<'a> {
         Ok(Flow::Next)
     }
 
+    /// Something outside of a block uses its shared memory; of each agent the last use is enough.
+    pub(super) fn use_block(&mut self, block: usize, new: (u16, u32, u32)) {
+        let uses = &mut self.blocks[block].uses;
+        match uses.iter_mut().find(|known| known.0 == new.0) {
+            Some(known) => *known = new,
+            None => uses.push(new),
+        }
+    }
+
     /// Counts arrivals.
-    pub(super) fn arrive(&mut self, cx: Context<'a>, block: usize, offset: u32, arrivals: u32) -> Result<(), Error> {
+    pub(super) fn arrive(
+        &mut self,
+        cx: Context<'a>,
+        block: usize,
+        offset: u32,
+        arrivals: u32,
+    ) -> Result<(), Error> {
         let Some(mbarrier) = self.blocks[block].mbarriers.get_mut(&offset) else { return Ok(()) };
         if mbarrier.pending < arrivals {
             let state = mbarrier.to_string();
@@ -228,7 +250,13 @@ impl<'a> Cluster<'a> {
     }
 
     /// Bytes of an asynchronous copy have come; returns the agent and event under which they are known.
-    pub(super) fn complete_bytes(&mut self, cx: Context<'a>, block: usize, offset: u32, bytes: u32) -> Result<(u16, u32), Error> {
+    pub(super) fn complete_bytes(
+        &mut self,
+        cx: Context<'a>,
+        block: usize,
+        offset: u32,
+        bytes: u32,
+    ) -> Result<(u16, u32), Error> {
         let name = self.shared_name(offset);
         let Some(mbarrier) = self.blocks[block].mbarriers.get_mut(&offset) else {
             return Err(self.misuse(cx, format!("mbarrier {name} is gone when its copy completes")));
@@ -239,7 +267,9 @@ impl<'a> Cluster<'a> {
         let under = mbarrier.bytes < -TX_LIMIT;
         self.events += mbarrier.settle() as u64;
         if under {
-            return Err(self.misuse(cx, format!("more than 2^20 - 1 bytes came at {name} that it does not expect")));
+            return Err(
+                self.misuse(cx, format!("more than 2^20 - 1 bytes came at {name} that it does not expect"))
+            );
         }
         Ok(known)
     }

@@ -65,7 +65,11 @@ impl Memory {
     pub fn read<T: bytemuck::Pod>(&self, buffer: Buffer) -> Result<Vec<T>, Error> {
         let size = size_of::<T>();
         let Some(storage) = self.buffers.get(buffer.0) else {
-            return Err(Error::BufferShape { buffer: "of another memory".to_owned(), bytes: 0, element: size });
+            return Err(Error::BufferShape {
+                buffer: "of another memory".to_owned(),
+                bytes: 0,
+                element: size,
+            });
         };
         if size == 0 || storage.bytes % size != 0 {
             let (buffer, bytes) = (storage.name.clone(), storage.bytes);
@@ -117,7 +121,7 @@ impl Storage {
     }
 
     pub(super) fn load(&self, offset: usize, out: &mut [u8]) {
-        if offset % 4 == 0 {
+        if offset.is_multiple_of(4) {
             let mut chunks = out.chunks_exact_mut(4);
             let mut word = offset / 4;
             for chunk in &mut chunks {
@@ -175,7 +179,7 @@ mod tests {
         let a = memory.upload("a", &[1u16, 2, 3]);
         let b = memory.alloc("b", 8);
         assert_eq!(memory.read::<u16>(a), Ok(vec![1, 2, 3]));
-        assert!(memory.address(b) % 256 == 0 && memory.address(b) >= memory.address(a) + GAP);
+        assert!(memory.address(b).is_multiple_of(256) && memory.address(b) >= memory.address(a) + GAP);
         assert_eq!(memory.near(memory.address(b) + 3), Some(1));
         assert_eq!(memory.near(FIRST - 1), None);
         memory.buffers[1].store(1, &[9, 8]);

@@ -20,6 +20,7 @@ mod clocks;
 mod cluster;
 mod error;
 mod execute;
+mod faults;
 mod global;
 mod l2;
 mod launch;
@@ -34,8 +35,6 @@ mod tests;
 mod tma;
 mod warp;
 mod wgmma;
-
-use barrier::launch_registers;
 
 pub use error::{Error, Place};
 pub use launch::{Arg, Launch, emulate};

@@ -1,8 +1,8 @@
 //! A kernel's body as a flat program: control flow knows where it goes, operand lists are known to fit their rows.
 
 use super::error::Error;
-use crate::instr::{Access, Instr, Item, Operand, RegId, Site, Token, WarpOp};
 use crate::instr::Semantics;
+use crate::instr::{Access, Instr, Item, Operand, RegId, Site, Token, WarpOp};
 use crate::kernel::Kernel;
 
 /// An instruction with what the interpreter asks of it at every step.
@@ -38,8 +38,7 @@ enum Open {
 
 impl<'k> Program<'k> {
     pub(super) fn new(kernel: &'k Kernel) -> Result<Self, Error> {
-        let malformed =
-            |problem: String| Error::Malformed { kernel: kernel.name.clone(), problem };
+        let malformed = |problem: String| Error::Malformed { kernel: kernel.name.clone(), problem };
         let mut program = Program { kernel, steps: Vec::new(), sites: Vec::new() };
         let mut open = Vec::new();
         for item in &kernel.body {

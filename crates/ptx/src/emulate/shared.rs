@@ -1,7 +1,7 @@
 //! A block's shared memory, with a shadow that knows who last wrote and who has read each two bytes since.
 //!
-//! The shadow is kept by chunks of 16 bytes, which copies and matrix instructions touch whole; a chunk that was touched
-//! in part is split into its eight granules. A write must be ordered after the earlier write and all reads since; a read
+//! The shadow is kept by chunks of 16 bytes, which copies and matrix instructions touch whole; a chunk that is touched in
+//! part is split into its eight granules, until a write takes it whole. A write must be ordered after the earlier write and all reads since; a read
 //! after the earlier write.
 
 use super::clocks::Clocks;
@@ -59,8 +59,9 @@ pub(super) enum Conflict {
     Bounds,
 }
 
+/// Two bytes: their last write, and the reads since that did not take the whole chunk.
 #[derive(Clone, Debug)]
-struct State {
+struct Granule {
     write: Access,
     reads: Vec<Access>,
 }
@@ -70,8 +71,12 @@ const UNWRITTEN: Access =
 
 #[derive(Clone, Debug)]
 struct Chunk {
-    whole: State,
-    split: Option<Box<[State; 8]>>,
+    /// The last write of a chunk that is not split.
+    write: Access,
+    /// Reads of the whole chunk. Those before the last write of a granule were ordered before it, so they do no harm to
+    /// later writes, which are ordered after that one.
+    reads: Vec<Access>,
+    split: Option<Box<[Granule; 8]>>,
     /// Which of the two halves are mbarriers.
     mbarriers: u8,
 }
@@ -97,8 +102,7 @@ impl Accessor<'_> {
             || self.clocks.visible.get(earlier.agent) >= earlier.event
     }
 
-    fn after_write(&self, state: &State) -> Result<(), Conflict> {
-        let write = &state.write;
+    fn after_write(&self, write: &Access) -> Result<(), Conflict> {
         if write.agent == NOBODY {
             return Ok(());
         }
@@ -111,30 +115,79 @@ impl Accessor<'_> {
         Ok(())
     }
 
-    fn read(&self, state: &mut State) -> Result<(), Conflict> {
-        if state.write.agent == NOBODY {
-            return Err(Conflict::Uninitialised);
+    fn after_reads(&self, reads: &[Access]) -> Result<(), Conflict> {
+        match reads.iter().find(|read| !self.ordered(read)) {
+            Some(read) => Err(Conflict::AfterRead(read.step)),
+            None => Ok(()),
         }
-        self.after_write(state)?;
-        match state.reads.iter_mut().find(|read| read.agent == self.access.agent) {
+    }
+
+    fn may_read(&self, write: &Access) -> Result<(), Conflict> {
+        if write.agent == NOBODY { Err(Conflict::Uninitialised) } else { self.after_write(write) }
+    }
+
+    /// Remembers a read; of each agent the last is enough.
+    fn remember(&self, reads: &mut Vec<Access>) {
+        match reads.iter_mut().find(|read| read.agent == self.access.agent) {
             // Two lanes' reads with no synchronisation between: a later write must be ordered after both.
             Some(read) if read.sync == self.access.sync && read.lane != self.access.lane => {
                 *read = Access { lane: ALL_LANES, ..self.access };
             }
             Some(read) => *read = self.access,
-            None => state.reads.push(self.access),
+            None => reads.push(self.access),
         }
+    }
+
+    fn read(&self, chunk: &mut Chunk, first: u32, stop: u32) -> Result<(), Conflict> {
+        if stop - first < CHUNK {
+            for granule in chunk.granules(first, stop) {
+                self.may_read(&granule.write)?;
+                self.remember(&mut granule.reads);
+            }
+            return Ok(());
+        }
+        match &chunk.split {
+            None => self.may_read(&chunk.write)?,
+            Some(granules) => granules.iter().try_for_each(|granule| self.may_read(&granule.write))?,
+        }
+        self.remember(&mut chunk.reads);
         Ok(())
     }
 
-    fn write(&self, state: &mut State) -> Result<(), Conflict> {
-        self.after_write(state)?;
-        if let Some(read) = state.reads.iter().find(|read| !self.ordered(read)) {
-            return Err(Conflict::AfterRead(read.step));
+    fn write(&self, chunk: &mut Chunk, first: u32, stop: u32) -> Result<(), Conflict> {
+        self.after_reads(&chunk.reads)?;
+        if stop - first < CHUNK {
+            for granule in chunk.granules(first, stop) {
+                self.after_write(&granule.write)?;
+                self.after_reads(&granule.reads)?;
+                granule.reads.clear();
+                granule.write = self.access;
+            }
+            return Ok(());
         }
-        state.reads.clear();
-        state.write = self.access;
+        match &chunk.split {
+            None => self.after_write(&chunk.write)?,
+            Some(granules) => {
+                for granule in granules.iter() {
+                    self.after_write(&granule.write)?;
+                    self.after_reads(&granule.reads)?;
+                }
+            }
+        }
+        chunk.split = None;
+        chunk.reads.clear();
+        chunk.write = self.access;
         Ok(())
+    }
+}
+
+impl Chunk {
+    /// The granules of bytes `first..stop`; splits the chunk.
+    fn granules(&mut self, first: u32, stop: u32) -> &mut [Granule] {
+        let write = self.write;
+        let split = || Box::new(std::array::from_fn(|_| Granule { write, reads: Vec::new() }));
+        let granules = self.split.get_or_insert_with(split);
+        &mut granules[(first / GRANULE) as usize..stop.div_ceil(GRANULE) as usize]
     }
 }
 
@@ -148,17 +201,16 @@ pub(super) struct Shared {
 impl Shared {
     pub(super) fn new(bytes: u32) -> Self {
         let chunks = bytes.div_ceil(CHUNK) as usize;
-        let state = State { write: UNWRITTEN, reads: Vec::new() };
-        let chunk = Chunk { whole: state, split: None, mbarriers: 0 };
+        let chunk = Chunk { write: UNWRITTEN, reads: Vec::new(), split: None, mbarriers: 0 };
         Shared { data: vec![0; chunks * CHUNK as usize], bytes, chunks: vec![chunk; chunks] }
     }
 
-    /// Applies `f` to the states of bytes `offset..offset + bytes`.
+    /// Applies `f` to the chunks of bytes `offset..offset + bytes`, with the bytes meant in each.
     fn visit(
         &mut self,
         offset: u32,
         bytes: u32,
-        mut f: impl FnMut(&mut State) -> Result<(), Conflict>,
+        f: impl Fn(&mut Chunk, u32, u32) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
         let Some(end) = offset.checked_add(bytes).filter(|&end| end <= self.bytes) else {
             return Err(Conflict::Bounds);
@@ -167,18 +219,12 @@ impl Shared {
         while at < end {
             let chunk = &mut self.chunks[(at / CHUNK) as usize];
             let (first, stop) = (at % CHUNK, (end - at / CHUNK * CHUNK).min(CHUNK));
-            if chunk.mbarriers != 0 && (chunk.mbarriers >> (first / 8) & 1 | chunk.mbarriers >> ((stop - 1) / 8) & 1) == 1 {
+            // Which halves the bytes touch.
+            let halves = (first < 8) as u8 | ((stop > 8) as u8) << 1;
+            if chunk.mbarriers & halves != 0 {
                 return Err(Conflict::Mbarrier);
             }
-            if stop - first == CHUNK && chunk.split.is_none() {
-                f(&mut chunk.whole)?;
-            } else {
-                let whole = &chunk.whole;
-                let states = chunk.split.get_or_insert_with(|| Box::new(std::array::from_fn(|_| whole.clone())));
-                for state in &mut states[(first / GRANULE) as usize..stop.div_ceil(GRANULE) as usize] {
-                    f(state)?;
-                }
-            }
+            f(chunk, first, stop)?;
             at += stop - first;
         }
         Ok(())
@@ -186,34 +232,28 @@ impl Shared {
 
     /// Checks and remembers a read.
     pub(super) fn read(&mut self, offset: u32, bytes: u32, accessor: &Accessor<'_>) -> Result<(), Conflict> {
-        self.visit(offset, bytes, |state| accessor.read(state))
+        self.visit(offset, bytes, |chunk, first, stop| accessor.read(chunk, first, stop))
     }
 
     /// Checks and remembers a write.
     pub(super) fn write(&mut self, offset: u32, bytes: u32, accessor: &Accessor<'_>) -> Result<(), Conflict> {
-        self.visit(offset, bytes, |state| accessor.write(state))?;
-        self.merge(offset, bytes);
-        Ok(())
-    }
-
-    /// Chunks that were written whole by one access are whole again.
-    fn merge(&mut self, offset: u32, bytes: u32) {
-        for index in offset.div_ceil(CHUNK)..(offset + bytes) / CHUNK {
-            let chunk = &mut self.chunks[index as usize];
-            if let Some(states) = chunk.split.take() {
-                let [state, ..] = *states;
-                chunk.whole = state;
-            }
-        }
+        self.visit(offset, bytes, |chunk, first, stop| accessor.write(chunk, first, stop))
     }
 
     /// An asynchronous write has completed: readers need to have observed this event of this agent.
     pub(super) fn complete(&mut self, offset: u32, bytes: u32, agent: u16, event: u32) {
+        let known = |write: &mut Access| {
+            if write.event == PENDING {
+                (write.agent, write.event) = (agent, event);
+            }
+        };
         // The range was checked when the write was issued; what was overwritten meanwhile was a race by itself.
-        let _ = self.visit(offset, bytes, |state| {
-            if state.write.event == PENDING {
-                state.write.agent = agent;
-                state.write.event = event;
+        let _ = self.visit(offset, bytes, |chunk, first, stop| {
+            match &mut chunk.split {
+                None => known(&mut chunk.write),
+                Some(_) => {
+                    chunk.granules(first, stop).iter_mut().for_each(|granule| known(&mut granule.write))
+                }
             }
             Ok(())
         });
@@ -239,10 +279,9 @@ pub(super) fn wavefronts(addresses: &[u32; 32], active: u32, bytes: u32) -> (u64
     let (mut all, mut extra) = (0, 0);
     for first in (0..32).step_by(lanes) {
         let mut words: Vec<u32> = Vec::with_capacity(32);
-        for lane in first..first + lanes {
+        for (lane, address) in addresses.iter().enumerate().skip(first).take(lanes) {
             if active >> lane & 1 == 1 {
-                let word = addresses[lane] / 4;
-                words.extend(word..word + bytes.div_ceil(4));
+                words.extend(address / 4..address / 4 + bytes.div_ceil(4));
             }
         }
         if words.is_empty() {

@@ -60,7 +60,8 @@ impl Plan {
             for d in 1..index.len() {
                 let coordinate = at[d] + index[d] as i64;
                 let inside = (0..map.shape[d] as i64).contains(&coordinate);
-                offset = offset.filter(|_| inside).map(|offset| offset + coordinate * map.strides[d - 1] as i64);
+                offset =
+                    offset.filter(|_| inside).map(|offset| offset + coordinate * map.strides[d - 1] as i64);
             }
             if let Some(offset) = offset {
                 plan.rows.push((row * row_bytes + first as usize * size, (buffer, offset as usize, bytes)));
@@ -89,7 +90,7 @@ impl Plan {
     /// The same bytes of shared memory, in fewer ranges where order does not matter.
     pub(super) fn spans(&self, offset: u32) -> Vec<(u32, u32)> {
         // The swizzle permutes within 128 bytes.
-        if self.swizzle == Swizzle::None || self.bytes % 128 == 0 {
+        if self.swizzle == Swizzle::None || self.bytes.is_multiple_of(128) {
             return vec![(offset, self.bytes as u32)];
         }
         self.pieces(offset).map(|(_, to, bytes)| (to, bytes as u32)).collect()
@@ -131,13 +132,17 @@ impl<'a> Cluster<'a> {
     /// The tensor map at an address of parameter space: map, buffer, offset in the buffer.
     pub(super) fn map(&self, cx: Context<'a>, address: u64) -> Result<(&'a TensorMap, usize, usize), Error> {
         let device = self.device;
-        let index = address.checked_sub(PARAMETERS).filter(|offset| offset % 128 == 0).map(|offset| offset / 128);
+        let index =
+            address.checked_sub(PARAMETERS).filter(|offset| offset % 128 == 0).map(|offset| offset / 128);
         match index.and_then(|index| device.args.get(index as usize)) {
             Some(Value::Map { map, address, buffer }) => {
                 let base = address - device.global.memory.buffers()[*buffer].address;
                 Ok((map, *buffer, base as usize))
             }
-            _ => Err(self.unsupported(cx, format!("no tensor map at {address:#x}: expected the address of a parameter"))),
+            _ => Err(self.unsupported(
+                cx,
+                format!("no tensor map at {address:#x}: expected the address of a parameter"),
+            )),
         }
     }
 
@@ -167,7 +172,8 @@ impl<'a> Cluster<'a> {
             if multicast {
                 let mask = masks[lane] as u16;
                 if mask == 0 || mask as u32 >> self.blocks.len().min(16) != 0 {
-                    let problem = format!("multicast to blocks {mask:#b} of a cluster of {}", self.blocks.len());
+                    let problem =
+                        format!("multicast to blocks {mask:#b} of a cluster of {}", self.blocks.len());
                     return Err(self.unsupported(cx, problem));
                 }
                 let blocks = || lanes(mask as u32);
@@ -175,7 +181,14 @@ impl<'a> Cluster<'a> {
                 mbarriers = blocks().map(|block| (block, mbarrier.1)).collect();
                 for block in blocks() {
                     // The same place must be there, and an mbarrier, in each of them.
-                    self.shared_at(cx, lane, Self::local_address(block, target.1), plan.bytes as u32, 128, true)?;
+                    self.shared_at(
+                        cx,
+                        lane,
+                        Self::local_address(block, target.1),
+                        plan.bytes as u32,
+                        128,
+                        true,
+                    )?;
                     self.mbarrier_at(cx, lane, Self::local_address(block, mbarrier.1), Use::Remote, true)?;
                 }
             }
@@ -189,7 +202,12 @@ impl<'a> Cluster<'a> {
     }
 
     /// `cp.async.bulk.tensor` and `cp.reduce.async.bulk.tensor` to global memory.
-    pub(super) fn tma_store(&mut self, cx: Context<'a>, dims: usize, direction: Direction) -> Result<(), Error> {
+    pub(super) fn tma_store(
+        &mut self,
+        cx: Context<'a>,
+        dims: usize,
+        direction: Direction,
+    ) -> Result<(), Error> {
         let from = self.operand(cx, 1 + dims)?;
         for lane in lanes(cx.lanes) {
             let plan = self.tile(cx, lane, 0, dims)?;

@@ -1,9 +1,10 @@
 //! A warp: registers, lanes, and what it waits for.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 
 use super::barrier::Arrival;
-use super::clocks::Clocks;
+use super::clocks::{Clock, Clocks};
 use super::shared::Access;
 use crate::instr::{Lanes, RegId};
 
@@ -44,8 +45,8 @@ pub(super) enum FaultKind {
 struct State {
     /// Lanes in which it was written.
     defined: u32,
-    /// The warp's instruction that last wrote it.
-    written: u32,
+    /// The warp's instruction that last read or wrote it, other than a `wgmma`.
+    touched: Cell<u32>,
     /// The last `wgmma` group that uses it, and as what.
     flight: u32,
     slot: Slot,
@@ -71,7 +72,7 @@ pub(super) struct Registers {
 
 impl Registers {
     pub(super) fn new(count: usize) -> Self {
-        let state = State { defined: 0, written: 0, flight: 0, slot: Slot::A };
+        let state = State { defined: 0, touched: Cell::new(0), flight: 0, slot: Slot::A };
         Registers {
             values: vec![[0; 32]; count],
             states: vec![state; count],
@@ -85,9 +86,11 @@ impl Registers {
     pub(super) fn read(&self, id: RegId, lanes: u32) -> Result<&Lanes, Fault> {
         let state = &self.states[id.0 as usize];
         if state.flight > self.completed {
-            let kind = FaultKind::InFlight("read before the wgmma.wait_group that covers the wgmma that uses it");
+            let kind =
+                FaultKind::InFlight("read before the wgmma.wait_group that covers the wgmma that uses it");
             return Err(Fault { register: id, kind, lane: None });
         }
+        state.touched.set(self.sequence);
         self.defined(id, lanes)
     }
 
@@ -103,11 +106,12 @@ impl Registers {
     pub(super) fn write(&mut self, id: RegId, lanes: u32, values: &Lanes) -> Result<(), Fault> {
         let state = &mut self.states[id.0 as usize];
         if state.flight > self.completed {
-            let kind = FaultKind::InFlight("written before the wgmma.wait_group that covers the wgmma that uses it");
+            let kind =
+                FaultKind::InFlight("written before the wgmma.wait_group that covers the wgmma that uses it");
             return Err(Fault { register: id, kind, lane: None });
         }
         state.defined |= lanes;
-        state.written = self.sequence;
+        state.touched.set(self.sequence);
         let register = &mut self.values[id.0 as usize];
         if lanes == u32::MAX {
             *register = *values;
@@ -120,21 +124,31 @@ impl Registers {
     }
 
     /// Takes a register into flight for a `wgmma` of group `group`; `reads`: its values matter.
-    pub(super) fn take(&mut self, id: RegId, slot: Slot, group: u32, reads: bool) -> Result<&mut Lanes, Fault> {
+    pub(super) fn take(
+        &mut self,
+        id: RegId,
+        slot: Slot,
+        group: u32,
+        reads: bool,
+    ) -> Result<&mut Lanes, Fault> {
         let fault = |kind| Fault { register: id, kind, lane: None };
         let state = &self.states[id.0 as usize];
         let flying = state.flight > self.completed;
         if flying && state.slot != slot {
-            return Err(fault(FaultKind::InFlight("used by another wgmma, in another place, before a wait covers it")));
+            return Err(fault(FaultKind::InFlight(
+                "used by another wgmma, in another place, before a wait covers it",
+            )));
         }
-        if reads && !flying {
-            match self.fence {
-                None => return Err(fault(FaultKind::InFlight("used by a wgmma with no wgmma.fence before it"))),
-                Some(fence) if state.written > fence => {
-                    let problem = "written after the last wgmma.fence before the wgmma that reads it";
-                    return Err(fault(FaultKind::InFlight(problem)));
-                }
-                Some(_) => {}
+        if !flying {
+            let problem = match self.fence {
+                None => Some("used by a wgmma with no wgmma.fence before it"),
+                Some(fence) if state.touched.get() > fence => Some(
+                    "read or written by an ordinary instruction after the last wgmma.fence before the wgmma",
+                ),
+                Some(_) => None,
+            };
+            if let Some(problem) = problem {
+                return Err(fault(FaultKind::InFlight(problem)));
             }
         }
         if reads {
@@ -198,7 +212,8 @@ impl Stream {
         let mut groups = Vec::new();
         while lanes != 0 {
             let group = self.commits[lanes.trailing_zeros() as usize];
-            let same = self::lanes(lanes).filter(|&lane| self.commits[lane] == group).fold(0, |m, l| m | 1 << l);
+            let same =
+                self::lanes(lanes).filter(|&lane| self.commits[lane] == group).fold(0, |m, l| m | 1 << l);
             groups.push((same, group));
             lanes &= !same;
         }
@@ -206,7 +221,13 @@ impl Stream {
     }
 
     /// Issues a copy; returns its event.
-    pub(super) fn issue(&mut self, lanes: u32, group: u32, step: u32, rows: Vec<(usize, usize, usize)>) -> u32 {
+    pub(super) fn issue(
+        &mut self,
+        lanes: u32,
+        group: u32,
+        step: u32,
+        rows: Vec<(usize, usize, usize)>,
+    ) -> u32 {
         self.issued += 1;
         let (event, complete) = (self.issued, false);
         self.copies.push_back(Copy { event, unread: lanes, unfinished: lanes, group, complete, step, rows });
@@ -290,6 +311,8 @@ pub(super) struct Warp {
     pub uncommitted: bool,
     /// Where it is at the cluster's barrier.
     pub cluster: Arrival,
+    /// mbarrier initialisations that a fence has made known: a relaxed arrival passes on these alone.
+    pub fenced: Clock,
 }
 
 impl Warp {
@@ -319,6 +342,7 @@ impl Warp {
             max_registers: 0,
             uncommitted: false,
             cluster: Arrival::None,
+            fenced: Clock::default(),
         }
     }
 

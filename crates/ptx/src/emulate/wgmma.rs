@@ -61,11 +61,18 @@ impl Cluster<'_> {
         let (index, group) = (warp.index, warp.groups + 1);
         let warps = self.device.program.kernel.threads() / 32;
         if index / 4 * 4 + 4 > warps {
-            let problem = format!("wgmma needs four warps from a multiple of 4 on; warp {index} is of a block of {warps}");
+            let problem = format!(
+                "wgmma needs four warps from a multiple of 4 on; warp {index} is of a block of {warps}"
+            );
             return Err(self.misuse(cx, problem));
         }
         if n % 8 != 0 || !(8..=256).contains(&n) || cx.instr.dst.len() != shape.accumulators() as usize {
-            return Err(self.unsupported(cx, format!("wgmma of {n} columns: expected a multiple of 8 up to 256")));
+            return Err(
+                self.unsupported(cx, format!("wgmma of {n} columns: expected a multiple of 8 up to 256"))
+            );
+        }
+        if shape.a.bytes() != shape.b.bytes() {
+            return Err(self.unsupported(cx, format!("wgmma of {:?} and {:?}", shape.a, shape.b)));
         }
         if (shape.transpose_a || shape.transpose_b) && shape.a.bytes() != 2 {
             return Err(self.unsupported(cx, "wgmma transposes 16-bit elements only".to_owned()));
@@ -75,8 +82,8 @@ impl Cluster<'_> {
         let a = if shape.a_in_registers {
             let mut registers = [[0; 32]; 4];
             for (i, register) in registers.iter_mut().enumerate() {
-                *register = match cx.instr.src[i] {
-                    Operand::Reg(id) => {
+                *register = match cx.instr.src.get(i) {
+                    Some(&Operand::Reg(id)) => {
                         let taken = self.warps[cx.warp].registers.take(id, Slot::A, group, true);
                         match taken {
                             Ok(values) => *values,
@@ -89,11 +96,15 @@ impl Cluster<'_> {
             fragment(shape.a, &registers, 16, k)
         } else {
             let (mut a, first) = (vec![0.0; 16 * k], index % 4 * 16);
-            self.matrix_operand(cx, 0, shape.a, shape.transpose_a, (first, 16), |row, at, x| a[row * k + at] = x)?;
+            self.matrix_operand(cx, 0, shape.a, shape.transpose_a, (first, 16), |row, at, x| {
+                a[row * k + at] = x
+            })?;
             a
         };
         let mut b = vec![0.0; k * n];
-        self.matrix_operand(cx, a_count, shape.b, shape.transpose_b, (0, shape.n), |column, at, x| b[at * n + column] = x)?;
+        self.matrix_operand(cx, a_count, shape.b, shape.transpose_b, (0, shape.n), |column, at, x| {
+            b[at * n + column] = x
+        })?;
         let sums = multiply(&a, &b, n, k);
         for (j, &id) in cx.instr.dst.iter().enumerate() {
             let slot = Slot::Accumulator { index: j as u16, count: cx.instr.dst.len() as u16 };
@@ -105,7 +116,8 @@ impl Cluster<'_> {
         let warp = &mut self.warps[cx.warp];
         warp.uncommitted = true;
         warp.products += 1;
-        warp.products_hash = warp.products_hash.wrapping_mul(0x100_0000_01b3).wrapping_add(cx.step as u64 + 1);
+        warp.products_hash =
+            warp.products_hash.wrapping_mul(0x100_0000_01b3).wrapping_add(cx.step as u64 + 1);
         self.counters.matrix_flops += 2 * 16 * (n * k) as u64;
         Ok(())
     }
@@ -133,11 +145,13 @@ impl Cluster<'_> {
         let accessor = Accessor { access, issuer: warp.agent, clocks: &warp.clocks };
         let shared = &mut self.blocks[warp.block].shared;
         // 32 bytes of K in two chunks of each row; or 16 of K with the rows in chunks of eight.
-        let (outer, inner) = if transpose { (0..16, first / 8..(first + count) / 8) } else { (first..first + count, 0..2) };
+        let (outer, inner) =
+            if transpose { (0..16, first / 8..(first + count) / 8) } else { (first..first + count, 0..2) };
         let per_chunk = (16 / element.bytes()) as usize;
         for i in outer {
             for chunk in inner.clone() {
-                let address = if transpose { descriptor.across(i, chunk) } else { descriptor.along(i, chunk) };
+                let address =
+                    if transpose { descriptor.across(i, chunk) } else { descriptor.along(i, chunk) };
                 let offset = address.wrapping_sub(BASE);
                 if let Err(conflict) = shared.read(offset, 16, &accessor) {
                     return Err(self.conflict(self.place(cx, None), "read", offset, 16, conflict));

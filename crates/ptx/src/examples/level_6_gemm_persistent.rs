@@ -13,7 +13,8 @@
 //!    its registers to them (`setmaxnreg`).
 //! 2. *A product in flight*: the stage before is released only when the next product has been issued, so that the tensor
 //!    cores never wait for a barrier.
-//! 3. *Clusters*: neighbours in m need the same B; each loads a share of it and the copy engine delivers it to all.
+//! 3. *Clusters*, if asked for: neighbours in m need the same B; each loads a share of it and the copy engine delivers it
+//!    to all. On an H100 it does not pay (point 4 already has the tiles in L2), and clusters of 4 cost a third.
 //! 4. *The order of tiles*: groups of rows walk along n together, so that the tiles in flight share A and B in L2.
 //! 5. *C by the copy engine*: rounded into shared memory, stored in the background while the next tile is computed.
 
@@ -41,7 +42,7 @@ const DEPTH: u32 = 64;
 impl PersistentConfig {
     /// What was fastest at 8192³ on an H100 (record in `benches/record`).
     pub const H100: PersistentConfig =
-        PersistentConfig { consumers: 2, tile_n: 256, stages: 3, cluster: 2, group: 8 };
+        PersistentConfig { consumers: 2, tile_n: 256, stages: 3, cluster: 1, group: 16 };
 
     /// Rows of a block's tile.
     pub const fn tile_m(&self) -> u32 {

@@ -50,7 +50,9 @@ fn lanes_diverge_and_come_back() {
             steps.set(steps + 1);
         });
         let all = k.var(true).ballot();
-        (out + tid.to_u64() * 4).address().store(steps * 2 + k.result::<u32>(instr::POPC_B32, &[operand(all)]));
+        (out + tid.to_u64() * 4)
+            .address()
+            .store(steps * 2 + k.result::<u32>(instr::POPC_B32, &[operand(all)]));
     });
     let expected: Vec<u32> = (1..=96u32)
         .map(|mut n| {
@@ -195,9 +197,18 @@ fn registers_are_written_before_they_are_read() {
 }
 
 #[test]
+fn a_trap_ends_the_launch() {
+    let k = kernel(32, |k| k.if_(k.lane().eq(9u32), || k.push(instr::TRAP, &[], &[])));
+    let error = refused(&k, 1, 1);
+    assert!(matches!(error, Error::Trap { .. }) && line(&error) == line!() - 2, "{error}");
+}
+
+#[test]
 fn spinning_ends() {
-    let k = kernel(32, |k| {
-        k.push(instr::TRAP, &[], &[]);
-    });
-    assert!(matches!(refused(&k, 1, 1), Error::Trap { .. }));
+    let k = kernel(1, |k| k.loop_(|| k.break_if(k.var(false))));
+    let error = emulate(&k, &mut Memory::new(), &launch(&k, 1, vec![])).unwrap_err();
+    assert!(
+        matches!(error, Error::Budget { instructions: crate::emulate::INSTRUCTION_BUDGET, .. }),
+        "{error}"
+    );
 }

@@ -48,14 +48,15 @@ fn copies_in_groups() {
     let x: Vec<u32> = (1..=512).collect();
     let (values, report) = run(&staged(Wrong::Nothing), 1, &[x], 512).unwrap();
     for (i, value) in values.into_iter().enumerate() {
-        let (stage, thread, j) = (i / 256, i / 4 % 64 ^ 63, i % 4);
+        let (stage, thread, j) = (i / 256, (i / 4 % 64) ^ 63, i % 4);
         let expected = if thread % 32 == 3 && j > 0 { 0 } else { 256 * stage + 4 * thread + j + 1 };
         assert_eq!(value as usize, expected, "{stage} {thread} {j}");
     }
     assert_eq!(report.buffers["in0"].read, 2 * (62 * 16 + 2 * 4));
     assert_eq!(report.warnings, Vec::<String>::new());
     for wrong in [Wrong::NoWait, Wrong::WaitTooFew, Wrong::NoBarrier, Wrong::TooEarly] {
-        let error = run(&staged(wrong), 1, &[(1..=512).collect()], 512).err().unwrap_or_else(|| panic!("{wrong:?}"));
+        let error =
+            run(&staged(wrong), 1, &[(1..=512).collect()], 512).err().unwrap_or_else(|| panic!("{wrong:?}"));
         assert!(matches!(error, Error::Race { .. } | Error::Uninitialised { .. }), "{wrong:?}: {error}");
     }
 }
@@ -146,4 +147,39 @@ fn bulk_copies() {
     assert_eq!(memory.read::<f32>(to).unwrap(), expected);
     let error = run(&bulk(false, false), 1, &[floats(&x)], 128).unwrap_err();
     assert!(matches!(error, Error::MissingProxyFence { .. }), "{error}");
+}
+
+/// Blocks add to one place, and the last to have done so reads the sum.
+#[test]
+fn blocks_may_add_to_one_place() {
+    let make = |wait_for_writes: bool| {
+        kernel(32, |k| {
+            let (out, counter, result) = (k.param_ptr("out"), k.param_ptr("counter"), k.param_ptr("result"));
+            let tile = k.shared("tile", 128, 128);
+            (tile + k.lane() * 4).store(k.var(1f32));
+            k.fence_proxy_async();
+            k.sync_warp();
+            k.if_(k.lane().eq(0u32), || {
+                k.bulk_reduce_add_f32(out, tile, 128u32);
+                k.bulk_commit();
+                k.bulk_wait(0, !wait_for_writes);
+                let before = counter.address().atom(instr::AtomOp::Add, 1u32, instr::Order::AcqRel);
+                k.if_(before.eq(k.nctaid(0) - 1), || result.address().store(out.address().load::<f32>()));
+            });
+        })
+    };
+    for seed in 0..SEEDS {
+        let go = |wait: bool| {
+            let k = make(wait);
+            let mut memory = Memory::new();
+            let args = [("out", 32), ("counter", 1), ("result", 1)]
+                .map(|(name, words)| Arg::Buffer(memory.upload(name, &vec![0u32; words]), 0));
+            let Arg::Buffer(result, _) = args[2] else { unreachable!() };
+            emulate(&k, &mut memory, &Launch { seed, ..launch(&k, 5, args.to_vec()) })?;
+            memory.read::<f32>(result)
+        };
+        assert_eq!(go(true), Ok(vec![5.0]));
+        let error = go(false).unwrap_err();
+        assert!(matches!(error, Error::Race { access: "read", .. }), "{error}");
+    }
 }

@@ -5,8 +5,10 @@ mod control;
 mod copies;
 mod errors;
 mod global;
+mod mutations;
 mod products;
 mod shared;
+mod speed;
 mod tensors;
 
 use super::{Arg, Buffer, Error, Launch, Memory, Report, emulate};

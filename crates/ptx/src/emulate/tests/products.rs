@@ -39,7 +39,8 @@ fn fragment(element: Element, count: usize, groups: usize, at: impl Fn(usize, us
         for j in 0..count {
             let (row, column) = (lane / 4 + 8 * (j % groups), per_word * (lane % 4 + 4 * (j / groups)));
             for i in 0..per_word {
-                words[lane * count + j] |= encode(element, at(row, column + i)) << (8 * element.bytes() as usize * i);
+                words[lane * count + j] |=
+                    encode(element, at(row, column + i)) << (8 * element.bytes() as usize * i);
             }
         }
     }
@@ -138,7 +139,12 @@ fn copy_in<'k>(k: &'k Builder, tile: crate::Address<'k, u32>, from: crate::Reg<'
 }
 
 /// A descriptor without a swizzle, which tiles do not make: strides between core matrices along K and along rows.
-fn plain<'k>(k: &'k Builder, tile: crate::Address<'k, u32>, leading: u32, stride: u32) -> crate::Reg<'k, u64> {
+fn plain<'k>(
+    k: &'k Builder,
+    tile: crate::Address<'k, u32>,
+    leading: u32,
+    stride: u32,
+) -> crate::Reg<'k, u64> {
     let low = ((tile.reg() & 0x3_ffff) >> 4) | (leading >> 4) << 16;
     k.result(instr::MOV_PAIR64, &[low.operand(), Operand::Imm((stride >> 4) as u64, Type::U32)])
 }
@@ -170,12 +176,15 @@ fn check_wgmma(shape: WgmmaShape, swizzle: Swizzle) {
         copy_in(k, shared_b, b, b_tile.bytes());
         k.fence_proxy_async();
         k.sync_threads();
-        let descriptor = |tile, layout: &TileLayout, transposed: bool, step: u32| match (layout.swizzle, transposed) {
-            (Swizzle::None, false) => plain(k, tile + step * 2 * layout.panel_bytes(), layout.panel_bytes(), 128),
-            (Swizzle::None, true) => plain(k, tile + step * depth as u32 * 16, 128, layout.panel_bytes()),
-            (_, false) => layout.k_major(tile).step(step),
-            (_, true) => layout.mn_major(tile).step(step),
-        };
+        let descriptor =
+            |tile, layout: &TileLayout, transposed: bool, step: u32| match (layout.swizzle, transposed) {
+                (Swizzle::None, false) => {
+                    plain(k, tile + step * 2 * layout.panel_bytes(), layout.panel_bytes(), 128)
+                }
+                (Swizzle::None, true) => plain(k, tile + step * depth as u32 * 16, 128, layout.panel_bytes()),
+                (_, false) => layout.k_major(tile).step(step),
+                (_, true) => layout.mn_major(tile).step(step),
+            };
         let fragments: Vec<[crate::Reg<'_, B32>; 4]> = (0..steps as u32)
             .map(|step| {
                 let word = |j: u32| (a + ((tid * steps as u32 + step) * 4 + j).to_u64() * 4).address();
@@ -203,7 +212,8 @@ fn check_wgmma(shape: WgmmaShape, swizzle: Swizzle) {
     let left = if shape.a_in_registers {
         let warps: Vec<Vec<Vec<u32>>> = (0..4)
             .map(|warp| {
-                let part = |step: usize| fragment(shape.a, 4, 2, |row, at| a(16 * warp + row, step * depth + at));
+                let part =
+                    |step: usize| fragment(shape.a, 4, 2, |row, at| a(16 * warp + row, step * depth + at));
                 (0..steps).map(part).collect()
             })
             .collect();
@@ -222,10 +232,13 @@ fn check_wgmma(shape: WgmmaShape, swizzle: Swizzle) {
     let out = buffer(&mut memory, 128 * registers);
     let mut args = args.to_vec();
     args.push(Arg::Buffer(out, 0));
-    let report = emulate(&kernel, &mut memory, &launch(&kernel, 1, args)).unwrap_or_else(|e| panic!("{shape:?} {swizzle:?} {e}"));
+    let report = emulate(&kernel, &mut memory, &launch(&kernel, 1, args))
+        .unwrap_or_else(|e| panic!("{shape:?} {swizzle:?} {e}"));
     let words: Vec<u32> = memory.read(out).unwrap();
     for thread in 0..128 {
-        for (i, got) in unpack(shape.d, &words[thread * registers..(thread + 1) * registers]).into_iter().enumerate() {
+        for (i, got) in
+            unpack(shape.d, &words[thread * registers..(thread + 1) * registers]).into_iter().enumerate()
+        {
             let (row, column) = place(thread, i);
             let sum: f64 = (0..steps * depth).map(|at| a(row, at) * b(column, at)).sum();
             assert_eq!(got, sum, "{shape:?} {swizzle:?} ({row}, {column})");
@@ -281,6 +294,7 @@ enum Wrong {
     NoBarrier,
     NoFence,
     WriteAfterFence,
+    ReadAfterFence,
     NoCommit,
     NoWait,
     WaitTooFew,
@@ -311,6 +325,9 @@ fn product(wrong: Wrong) -> Kernel {
         }
         if wrong == Wrong::WriteAfterFence {
             d[5].set(0f32);
+        }
+        if wrong == Wrong::ReadAfterFence {
+            let _ = d[5] + 1.0;
         }
         let issue = || {
             let shape = WgmmaShape { n: 64, ..PLAIN };
@@ -363,6 +380,7 @@ fn products_done_wrong() {
     for (wrong, needle) in [
         (Wrong::NoFence, "no wgmma.fence"),
         (Wrong::WriteAfterFence, "after the last wgmma.fence"),
+        (Wrong::ReadAfterFence, "after the last wgmma.fence"),
         (Wrong::NoCommit, "wait_group"),
         (Wrong::NoWait, "wait_group"),
         (Wrong::WaitTooFew, "wait_group"),
@@ -370,14 +388,22 @@ fn products_done_wrong() {
         (Wrong::OtherAccumulators, "another place"),
     ] {
         let error = refused(wrong);
-        assert!(matches!(error, Error::InFlight { .. }) && error.to_string().contains(needle), "{wrong:?}: {error}");
+        assert!(
+            matches!(error, Error::InFlight { .. }) && error.to_string().contains(needle),
+            "{wrong:?}: {error}"
+        );
     }
     match refused(Wrong::OverwriteOperand) {
-        Error::Race { access: "write", other_access: "read", what, .. } => assert!(what.contains("tile"), "{what}"),
+        Error::Race { access: "write", other_access: "read", what, .. } => {
+            assert!(what.contains("tile"), "{what}")
+        }
         other => panic!("{other}"),
     }
     let error = refused(Wrong::ThreeWarps);
-    assert!(matches!(&error, Error::PendingAtExit { problem, .. } if problem.contains("warpgroup")), "{error}");
+    assert!(
+        matches!(&error, Error::PendingAtExit { problem, .. } if problem.contains("warpgroup")),
+        "{error}"
+    );
 }
 
 #[test]

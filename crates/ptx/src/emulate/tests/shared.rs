@@ -24,7 +24,9 @@ fn a_barrier_orders_warps() {
 
 #[test]
 fn without_a_barrier_warps_race() {
-    for wrong in [exchange(|_| {}), exchange(|k| k.sync_warp()), exchange(|k| k.bar_sync((k.tid(0) >> 6) + 1, 32))] {
+    for wrong in
+        [exchange(|_| {}), exchange(|k| k.sync_warp()), exchange(|k| k.bar_sync((k.tid(0) >> 6) + 1, 32))]
+    {
         let error = refused(&wrong, 1, 128);
         // Either the read comes too early, or the write after the read of what was there before.
         assert!(matches!(error, Error::Race { .. } | Error::Uninitialised { .. }), "{error}");
@@ -127,7 +129,11 @@ fn lanes_must_agree_on_what_they_store_to_one_place() {
             let out = k.param_ptr("out");
             let cell = k.shared("cell", 16, 16);
             let value = if same { k.var(5u32) } else { k.lane() };
-            if global { out.address().store(value) } else { cell.store(value) }
+            if global {
+                out.address().store(value)
+            } else {
+                cell.store(value)
+            }
             k.sync_warp();
             out.address().store(if global { value } else { cell.load::<u32>() });
         })
@@ -157,17 +163,27 @@ fn shared_atomics_count() {
 #[test]
 fn barriers_are_used_by_their_rules() {
     let wrong = kernel(64, |k| k.if_(k.tid(0).lt(48u32), || k.sync_threads()));
-    assert!(matches!(refused(&wrong, 1, 1), Error::DivergentAligned { active: 0xffff, .. } | Error::Deadlock { .. }));
+    assert!(matches!(
+        refused(&wrong, 1, 1),
+        Error::DivergentAligned { active: 0xffff, .. } | Error::Deadlock { .. }
+    ));
     let wrong = kernel(64, |k| k.if_(k.tid(0).lt(32u32), || k.sync_threads()));
     match refused(&wrong, 1, 1) {
         Error::Deadlock { waits, .. } => {
             assert_eq!(waits.len(), 1);
-            assert!(waits[0].contains("barrier 0: 32 of 64 threads") && waits[0].contains("shared.rs"), "{}", waits[0]);
+            assert!(
+                waits[0].contains("barrier 0: 32 of 64 threads") && waits[0].contains("shared.rs"),
+                "{}",
+                waits[0]
+            );
         }
         other => panic!("{other}"),
     }
     for (id, threads) in [(16, 64), (1, 48), (1, 128), (1, 0)] {
-        assert!(matches!(refused(&kernel(64, |k| k.bar_sync(id, threads)), 1, 1), Error::BarrierMisuse { .. }));
+        assert!(matches!(
+            refused(&kernel(64, |k| k.bar_sync(id, threads)), 1, 1),
+            Error::BarrierMisuse { .. }
+        ));
     }
     let wrong = kernel(64, |k| {
         k.if_else(k.warp().eq(0u32), || k.bar_sync(1u32, 64), || k.bar_sync(1u32, 32));
@@ -233,7 +249,8 @@ fn matrices_go_through_shared_memory() {
                 (out + (lane * 4 + m as u32).to_u64() * 4).address().store(value);
             }
         });
-        let element = |m: u32, r: u32, c: u32| if store != load { 64 * m + 8 * c + r } else { 64 * m + 8 * r + c };
+        let element =
+            |m: u32, r: u32, c: u32| if store != load { 64 * m + 8 * c + r } else { 64 * m + 8 * r + c };
         let expected: Vec<u32> = (0..128)
             .map(|i| {
                 let (lane, m) = (i / 4, i % 4);

@@ -1,0 +1,84 @@
+//! What kernels do with the scores of one block, an element of the fragment at a time: score mod, mask, dropout.
+
+use flashattn_spec::expr::Program;
+use ptx::Fragment;
+use ptx::build::{Builder, Reg};
+
+use super::philox::philox4x32;
+use super::program::{Element, Place, ProgramEmitter, TableArgs};
+
+/// The scores of a block in the registers of one thread, and where they lie in the score matrix.
+pub struct Scores<'a, 'k> {
+    /// The builder.
+    pub k: &'k Builder,
+    /// 64 queries by the block's keys.
+    pub fragment: &'a Fragment<'k>,
+    /// Index of the thread's first query in its sequence; the other is 8 further.
+    pub q: Reg<'k, i32>,
+    /// Index of the thread's first key in its sequence.
+    pub kv: Reg<'k, i32>,
+    /// The sequence and head.
+    pub place: Place<'k>,
+}
+
+impl<'k> Scores<'_, 'k> {
+    /// Runs `change` for each register with its place.
+    fn each(&self, mut change: impl FnMut(Reg<'k, f32>, Element<'k>)) {
+        let rows = [self.q, self.q + 8];
+        let mut columns: Vec<Reg<'k, i32>> = Vec::new();
+        for (i, &register) in self.fragment.registers.iter().enumerate() {
+            let offset = Fragment::column_offset(i) as i32;
+            // Registers 4j, 4j + 1 are of the first row, 4j + 2, 4j + 3 the same columns of the second.
+            let column = i / 4 * 2 + i % 2;
+            if column == columns.len() {
+                columns.push(self.kv + offset);
+            }
+            let row = Fragment::half(i);
+            change(register, Element { row, column, q: rows[row], kv: columns[column] });
+        }
+    }
+
+    /// Each scaled score `s` to `program(s)·factor`.
+    pub fn modify(&self, program: &Program, tables: &[TableArgs<'k>], factor: f32) {
+        let mut emitter = ProgramEmitter::new(self.k, program, tables, self.place);
+        self.each(|s, element| s.set(emitter.float(&element, s) * factor));
+    }
+
+    /// −∞ where the mask's program does not hold.
+    pub fn mask(&self, program: &Program, tables: &[TableArgs<'k>]) {
+        let mut emitter = ProgramEmitter::new(self.k, program, tables, self.place);
+        self.each(|s, element| s.set(emitter.bool(&element).select(s, f32::NEG_INFINITY)));
+    }
+
+    /// −∞ at keys outside of `from[row] .. to[row]`, counted from the thread's first key; both by row.
+    pub fn limit(&self, from: Option<[Reg<'k, i32>; 2]>, to: [Reg<'k, i32>; 2]) {
+        for (i, &s) in self.fragment.registers.iter().enumerate() {
+            let (row, offset) = (Fragment::half(i), Fragment::column_offset(i) as i32);
+            let mut visible = to[row].gt(offset);
+            if let Some(from) = from {
+                visible = visible & from[row].le(offset);
+            }
+            s.set(visible.select(s, f32::NEG_INFINITY));
+        }
+    }
+
+    /// Zero where dropout drops: where the element's random word is below `threshold`.
+    pub fn drop_out(&self, seed: [Reg<'k, u32>; 2], threshold: Reg<'k, u32>) {
+        // Four neighbouring keys share a counter. A thread has two of the four, and which two is the same for all its
+        // columns, since they are 8 apart and a block begins at a multiple of 8.
+        let upper = (self.kv.bits::<u32>() & 2).ne(0);
+        let place = [self.place.head.bits(), self.place.batch.bits()];
+        for quad in 0..self.fragment.registers.len() / 4 {
+            for half in 0..2 {
+                let registers = &self.fragment.registers[4 * quad + 2 * half..][..2];
+                let counter = (self.kv + 8 * quad as i32).bits::<u32>() >> 2;
+                let query = (self.q + 8 * half as i32).bits::<u32>();
+                let words = philox4x32([counter, query, place[0], place[1]], seed);
+                for (i, &p) in registers.iter().enumerate() {
+                    let word = upper.select(words[2 + i], words[i]);
+                    p.set(word.lt(threshold).select(0.0, p));
+                }
+            }
+        }
+    }
+}

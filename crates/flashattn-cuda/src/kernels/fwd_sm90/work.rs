@@ -1,0 +1,303 @@
+//! Which tile comes next, which blocks it sees, and the producer that loads them.
+
+use ptx::build::{Address, Builder, Reg};
+use ptx::instr::{AtomOp, Order};
+use ptx::{Mbarrier, Pipeline, PipelineState, TileLayout};
+
+use super::{FwdConfig, MaskKind, Params, Shared};
+
+/// A tile of work, the same in all threads of a block.
+pub(super) struct WorkTile<'k> {
+    /// Whether there is one: past the last tile a number stands for none.
+    pub exists: Reg<'k, u32>,
+    /// How many blocks of keys it sees.
+    pub blocks: Reg<'k, u32>,
+    pub m_block: Reg<'k, u32>,
+    pub head: Reg<'k, u32>,
+    pub batch: Reg<'k, u32>,
+    /// Lengths of the sequence, and where it begins in packed tensors (0 in others).
+    pub seqlen_q: Reg<'k, u32>,
+    pub seqlen_k: Reg<'k, u32>,
+    pub q_row: Reg<'k, u32>,
+    pub kv_row: Reg<'k, u32>,
+    /// Its blocks.
+    pub blocks_at: Blocks<'k>,
+}
+
+/// Where a tile's blocks come from.
+#[derive(Clone, Copy)]
+pub(super) enum Blocks<'k> {
+    /// One stretch.
+    Band(Band<'k>),
+    /// A list: the first run and one past the last.
+    Runs([Reg<'k, u32>; 2]),
+}
+
+/// Blocks of keys that a tile sees, in one stretch.
+#[derive(Clone, Copy)]
+pub(super) struct Band<'k> {
+    /// One past the last.
+    pub n_block_max: Reg<'k, u32>,
+    /// Those that all its rows see in whole.
+    pub whole_min: Reg<'k, u32>,
+    pub whole_max: Reg<'k, u32>,
+}
+
+/// What a launch has to do.
+pub(super) struct Work<'a, 'k> {
+    pub k: &'k Builder,
+    pub config: &'a FwdConfig,
+    pub params: &'a Params<'k>,
+    pub m_blocks: Reg<'k, u32>,
+    pub heads: Reg<'k, u32>,
+    pub tiles: Reg<'k, u32>,
+}
+
+impl<'a, 'k> Work<'a, 'k> {
+    pub fn new(k: &'k Builder, config: &'a FwdConfig, params: &'a Params<'k>) -> Self {
+        let m_blocks = (params.seqlen_q + (config.tile_m() - 1)) / config.tile_m();
+        let heads = params.heads_q * params.batch;
+        Work { k, config, params, m_blocks, heads, tiles: heads * m_blocks }
+    }
+
+    /// The tile with this number: groups of heads, so that their K and V stay in L2; within a group the last rows of all
+    /// its heads first, as those are the longest under a causal mask.
+    fn tile(&self, number: Reg<'k, u32>) -> WorkTile<'k> {
+        let (k, params) = (self.k, self.params);
+        let exists = number.lt(self.tiles);
+        let width = params.head_group * self.m_blocks;
+        let (group, inside) = (number / width, number % width);
+        let first = group * params.head_group;
+        let size = (self.heads - first).min(params.head_group);
+        let m_block = self.m_blocks - 1 - inside / size;
+        let head_and_batch = exists.select(first + inside % size, 0u32);
+        let (batch, head) = (head_and_batch / params.heads_q, head_and_batch % params.heads_q);
+        let (mut lengths, mut rows) = ([params.seqlen_q, params.seqlen_k], [k.var(0u32), k.var(0u32)]);
+        if let Some(cu_seqlens) = params.cu_seqlens {
+            rows = cu_seqlens.map(|cu| batch.mad_wide(4, cu).address().load());
+            let ends = cu_seqlens.map(|cu| batch.mad_wide(4, cu).address().at(4).load::<u32>());
+            lengths = [ends[0] - rows[0], ends[1] - rows[1]];
+        }
+        let ([seqlen_q, seqlen_k], [q_row, kv_row]) = (lengths, rows);
+        let (blocks_at, blocks) = match params.rows {
+            None => {
+                let (band, blocks) = self.band(m_block, seqlen_q, seqlen_k);
+                (Blocks::Band(band), blocks)
+            }
+            Some([rows, _]) => {
+                let row = exists.select((batch * params.heads_q + head) * self.m_blocks + m_block, 0u32);
+                let [first, count, blocks, _] = row.mad_wide(16, rows).address().load_vec::<u32, 4>();
+                (Blocks::Runs([first, first + count]), blocks)
+            }
+        };
+        let exists = exists.select(1u32, 0u32);
+        WorkTile { exists, blocks, m_block, head, batch, seqlen_q, seqlen_k, q_row, kv_row, blocks_at }
+    }
+
+    /// Tells the other warps: the divisions above take hundreds of cycles, which the producer has.
+    fn tell(&self, shared: &Shared<'k>, tile: &WorkTile<'k>) {
+        let [a, b, c] = match tile.blocks_at {
+            Blocks::Band(band) => [band.n_block_max, band.whole_min, band.whole_max],
+            Blocks::Runs([first, end]) => [first, end, end],
+        };
+        shared.tile.store_vec([tile.exists, tile.blocks, tile.m_block, tile.head]);
+        shared.tile.at(16).store_vec([tile.batch, a, b, c]);
+        if self.config.varlen {
+            shared.tile.at(32).store_vec([tile.seqlen_q, tile.seqlen_k, tile.q_row, tile.kv_row]);
+        }
+    }
+
+    /// What the producer told.
+    pub fn told(&self, shared: &Shared<'k>) -> WorkTile<'k> {
+        let [exists, blocks, m_block, head] = shared.tile.load_vec::<u32, 4>();
+        let [batch, a, b, c] = shared.tile.at(16).load_vec::<u32, 4>();
+        let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
+            shared.tile.at(32).load_vec::<u32, 4>()
+        } else {
+            let zero = self.k.var(0u32);
+            [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
+        };
+        let blocks_at = match self.config.mask {
+            MaskKind::Band { .. } => Blocks::Band(Band { n_block_max: a, whole_min: b, whole_max: c }),
+            MaskKind::Blocks => Blocks::Runs([a, b]),
+        };
+        WorkTile { exists, blocks, m_block, head, batch, seqlen_q, seqlen_k, q_row, kv_row, blocks_at }
+    }
+
+    /// Rows `first .. end` of the tile see keys from `diagonal(row) − left` to `diagonal(row) + right`.
+    fn band(
+        &self,
+        m_block: Reg<'k, u32>,
+        seqlen_q: Reg<'k, u32>,
+        seqlen_k: Reg<'k, u32>,
+    ) -> (Band<'k>, Reg<'k, u32>) {
+        let (k, config) = (self.k, self.config);
+        let (tile_m, tile_n) = (config.tile_m(), config.tile_n);
+        let signed = |r: Reg<'k, u32>| r.bits::<i32>();
+        let first = m_block * tile_m;
+        let end = (first + tile_m).min(seqlen_q);
+        // Of a sequence shorter than the longest some tiles have no rows.
+        let any = first.lt(seqlen_q);
+        let [first_diagonal, last_diagonal] = [first, end - 1].map(|row| signed(row + seqlen_k - seqlen_q));
+        let blocks = |keys: Reg<'k, i32>| keys.max(0).bits::<u32>() / tile_n;
+        let up = (tile_n - 1) as i32;
+        let all = signed(seqlen_k);
+        let (mut n_block_min, mut n_block_max) = (k.var(0u32), blocks(all + up));
+        let (mut whole_min, mut whole_max) = (k.var(0u32), blocks(all));
+        if let Some(right) = self.params.band[1] {
+            n_block_max = n_block_max.min(blocks(saturating_add(last_diagonal + 1, right) + up));
+            whole_max = whole_max.min(blocks(saturating_add(first_diagonal + 1, right)));
+        }
+        if let Some(left) = self.params.band[0] {
+            n_block_min = blocks(first_diagonal - left).min(n_block_max);
+            whole_min = blocks(last_diagonal - left + up);
+        }
+        let blocks = any.select(n_block_max.max(n_block_min) - n_block_min, 0u32);
+        (Band { n_block_max, whole_min, whole_max }, blocks)
+    }
+
+    /// The first producer, one thread: takes tiles, tells the others, and loads Q and K. K and V have a producer each, so
+    /// that neither waits for the other's stages: K runs ahead into the next tile while V's last block is in use.
+    pub fn load_q_and_k(&self, shared: &Shared<'k>) {
+        let (k, config, params) = (self.k, self.config, self.params);
+        for map in params.maps {
+            k.prefetch_tensor_map(map);
+        }
+        let (q_state, k_state) = (shared.q_pipeline.start(k), shared.k_pipeline.start(k));
+        // The counter goes back to zero by itself: each block takes one number too many, and `inc` wraps after the last.
+        let limit = self.tiles + (k.nctaid(0) - 1);
+        let take = || params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed);
+        let next = k.var(take());
+        k.loop_(|| {
+            let tile = self.tile(next);
+            let done = tile.exists.eq(0);
+            // Asked for now, so that it is there when this tile has been loaded.
+            k.if_(!done, || next.set(take()));
+            let any = !done & tile.blocks.ne(0);
+            shared.q_pipeline.producer_wait(k, q_state);
+            self.tell(shared, &tile);
+            let full = shared.q_pipeline.full(q_state);
+            // A tile without blocks is announced all the same: its rows get their zeros from the consumers.
+            full.arrive_expect_tx(k, any.select(config.q().bytes(), 0u32));
+            k.break_if(done);
+            q_state.advance();
+            k.if_(any, || {
+                let row = tile.q_row + tile.m_block * config.tile_m();
+                self.panels(config.q(), shared.q, params.maps[0], [row, tile.head, self.batch(&tile)], full);
+            });
+            self.each_block(&tile, |n_block, partial| {
+                shared.k_pipeline.producer_wait(k, k_state);
+                if let Some(partial) = partial {
+                    (shared.block + k_state.index * 4).store(n_block | partial);
+                }
+                self.load_block(
+                    &tile,
+                    n_block,
+                    config.k(),
+                    shared.k,
+                    shared.k_pipeline,
+                    k_state,
+                    params.maps[1],
+                );
+            });
+        });
+    }
+
+    /// The second producer, one thread of another warp: loads V.
+    pub fn load_v(&self, shared: &Shared<'k>) {
+        let (k, config, params) = (self.k, self.config, self.params);
+        let (q_state, v_state) = (shared.q_pipeline.start(k), shared.v_pipeline.start(k));
+        k.loop_(|| {
+            shared.q_pipeline.consumer_wait(k, q_state);
+            let tile = self.told(shared);
+            shared.q_pipeline.consumer_release(k, q_state.index, k.var(0u32));
+            k.break_if(tile.exists.eq(0));
+            q_state.advance();
+            self.each_block(&tile, |n_block, _| {
+                shared.v_pipeline.producer_wait(k, v_state);
+                self.load_block(
+                    &tile,
+                    n_block,
+                    config.v(),
+                    shared.v,
+                    shared.v_pipeline,
+                    v_state,
+                    params.maps[2],
+                );
+            });
+        });
+    }
+
+    /// Runs `body` for each block of the tile, the last first; from a list also with whether it is seen in part (bit 31).
+    fn each_block(&self, tile: &WorkTile<'k>, body: impl Fn(Reg<'k, u32>, Option<Reg<'k, u32>>)) {
+        let k = self.k;
+        let down = |from: Reg<'k, u32>, to: Reg<'k, u32>, partial: Option<Reg<'k, u32>>| {
+            let n_block = k.var(from);
+            k.loop_(|| {
+                k.break_if(n_block.eq(to));
+                n_block.set(n_block - 1);
+                body(n_block, partial);
+            });
+        };
+        match tile.blocks_at {
+            Blocks::Band(band) => down(band.n_block_max, band.n_block_max - tile.blocks, None),
+            Blocks::Runs([first, end]) => {
+                let run = k.var(end);
+                k.loop_(|| {
+                    k.break_if(run.eq(first));
+                    run.set(run - 1);
+                    let at =
+                        run.mad_wide(8, self.params.rows.map_or(self.params.o, |[_, runs]| runs)).address();
+                    let [begin, end] = at.load_vec::<u32, 2>();
+                    down(end, begin & 0x7fff_ffff, Some(begin & 0x8000_0000));
+                });
+            }
+        }
+    }
+
+    fn batch(&self, tile: &WorkTile<'k>) -> Reg<'k, u32> {
+        if self.config.varlen { self.k.var(0u32) } else { tile.batch }
+    }
+
+    /// A block of K or V into its next stage.
+    #[allow(clippy::too_many_arguments)] // what it loads, and where to
+    fn load_block(
+        &self,
+        tile: &WorkTile<'k>,
+        n_block: Reg<'k, u32>,
+        layout: TileLayout,
+        to: Address<'k, u32>,
+        pipeline: Pipeline<'k>,
+        state: PipelineState<'k>,
+        map: Address<'k, u64>,
+    ) {
+        let full = pipeline.full(state);
+        full.arrive_expect_tx(self.k, layout.bytes());
+        let row = tile.kv_row + n_block * self.config.tile_n;
+        let head_kv = tile.head / (self.params.heads_q / self.params.heads_kv);
+        self.panels(layout, to + state.index * layout.bytes(), map, [row, head_kv, self.batch(tile)], full);
+        state.advance();
+    }
+
+    /// Asks for all panels of a tile.
+    fn panels(
+        &self,
+        layout: TileLayout,
+        to: Address<'k, u32>,
+        map: Address<'k, u64>,
+        at: [Reg<'k, u32>; 3],
+        on: Mbarrier<'k>,
+    ) {
+        let [row, head, batch] = at.map(|r| r.bits::<i32>());
+        for panel in 0..layout.panels() {
+            let column = self.k.var((panel * layout.panel_columns()) as i32);
+            let to = to.at((panel * layout.panel_bytes()) as i32);
+            self.k.tma_load(to, map, &[column, row, head, batch], on);
+        }
+    }
+}
+
+/// `a + b` for `b ≥ 0`, at most 2³⁰: an unbounded window does not wrap.
+fn saturating_add<'k>(a: Reg<'k, i32>, b: Reg<'k, i32>) -> Reg<'k, i32> {
+    a + b.min(1 << 30)
+}

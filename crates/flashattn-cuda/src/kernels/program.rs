@@ -1,0 +1,293 @@
+//! Masks and score mods inside kernels: an expression of the spec, emitted for the elements of a fragment.
+//!
+//! Each node is emitted once for each place where its value can differ: what depends on neither query nor key once, what
+//! depends on the query once for each of the thread's two rows, what depends on the key once a column, the rest once an
+//! element. Meanings are those of [`flashattn_spec::expr`], in f32.
+
+use std::collections::HashMap;
+use std::f32::consts::LOG2_E;
+
+use flashattn_spec::expr::{BinOp, Node, NodeId, Program, Type, UnOp, Var};
+use ptx::Builder;
+use ptx::build::{Compare, Reg, Value};
+use ptx::instr::{self, Cache, Order};
+
+/// What a kernel knows of a captured table.
+#[derive(Clone, Copy, Debug)]
+pub struct TableArgs<'k> {
+    /// Its elements, row-major, in global memory.
+    pub data: Reg<'k, u64>,
+    /// Its dimensions; `None` for one of size 1, whose index is always 0.
+    pub dims: [Option<Reg<'k, u32>>; 4],
+}
+
+/// The variables of the sequence and head at hand; the same for all elements of a work tile.
+#[derive(Clone, Copy, Debug)]
+pub struct Place<'k> {
+    /// Sequence of the batch.
+    pub batch: Reg<'k, i32>,
+    /// Query head.
+    pub head: Reg<'k, i32>,
+    /// Queries of the sequence.
+    pub seqlen_q: Reg<'k, i32>,
+    /// Keys of the sequence.
+    pub seqlen_k: Reg<'k, i32>,
+    /// First query of the sequence in the packed order.
+    pub q_start: Reg<'k, i32>,
+    /// First key of the sequence in the packed order.
+    pub kv_start: Reg<'k, i32>,
+}
+
+/// Where an element lies: which of the thread's rows, which of its columns, and both indices.
+#[derive(Clone, Copy, Debug)]
+pub struct Element<'k> {
+    /// Which of the thread's rows.
+    pub row: usize,
+    /// Which of the thread's columns.
+    pub column: usize,
+    /// Query index in its sequence.
+    pub q: Reg<'k, i32>,
+    /// Key index in its sequence.
+    pub kv: Reg<'k, i32>,
+}
+
+/// A value of one of the language's types.
+#[derive(Clone, Copy, Debug)]
+enum Val<'k> {
+    Float(Reg<'k, f32>),
+    Int(Reg<'k, i32>),
+    Bool(Reg<'k, bool>),
+}
+
+/// Emits one program for the elements of a fragment.
+pub struct ProgramEmitter<'a, 'k> {
+    k: &'k Builder,
+    program: &'a Program,
+    tables: &'a [TableArgs<'k>],
+    place: Place<'k>,
+    /// Values by node, row (if it depends on the query) and column (if on the key); none that depend on the score.
+    values: HashMap<(NodeId, Option<usize>, Option<usize>), Val<'k>>,
+}
+
+impl<'a, 'k> ProgramEmitter<'a, 'k> {
+    /// For this program with these tables, in its order of slots.
+    pub fn new(k: &'k Builder, program: &'a Program, tables: &'a [TableArgs<'k>], place: Place<'k>) -> Self {
+        ProgramEmitter { k, program, tables, place, values: HashMap::new() }
+    }
+
+    /// The program's first root at an element, as a float. `score` is the scaled score.
+    pub fn float(&mut self, element: &Element<'k>, score: Reg<'k, f32>) -> Reg<'k, f32> {
+        let value = self.root(element, Some(score));
+        self.to_float(value)
+    }
+
+    /// The program's first root at an element, as a truth value.
+    pub fn bool(&mut self, element: &Element<'k>) -> Reg<'k, bool> {
+        let value = self.root(element, None);
+        self.to_bool(value)
+    }
+
+    fn root(&mut self, element: &Element<'k>, score: Option<Reg<'k, f32>>) -> Val<'k> {
+        // Nodes are in topological order, so one pass suffices; those that depend on the score are kept for this element.
+        let program = self.program;
+        let mut own: HashMap<NodeId, Val<'k>> = HashMap::new();
+        for (i, deps) in program.deps().iter().enumerate() {
+            let id = NodeId(i as u16);
+            let row = deps.contains(Var::Q).then_some(element.row);
+            let column = deps.contains(Var::Kv).then_some(element.column);
+            if deps.contains_score() {
+                let value = self.node(id, element, score, &own);
+                own.insert(id, value);
+            } else if let Some(&value) = self.values.get(&(id, row, column)) {
+                own.insert(id, value);
+            } else {
+                let value = self.node(id, element, score, &own);
+                self.values.insert((id, row, column), value);
+                own.insert(id, value);
+            }
+        }
+        own[&program.roots()[0]]
+    }
+
+    fn node(
+        &self,
+        id: NodeId,
+        element: &Element<'k>,
+        score: Option<Reg<'k, f32>>,
+        own: &HashMap<NodeId, Val<'k>>,
+    ) -> Val<'k> {
+        let k = self.k;
+        match self.program.nodes()[id.index()] {
+            // A mask has no score: the spec lets none be traced.
+            Node::Score => Val::Float(score.unwrap_or_else(|| k.var(0.0))),
+            Node::Var(var) => Val::Int(match var {
+                Var::Batch => self.place.batch,
+                Var::Head => self.place.head,
+                Var::Q => element.q,
+                Var::Kv => element.kv,
+                Var::SeqlenQ => self.place.seqlen_q,
+                Var::SeqlenK => self.place.seqlen_k,
+                Var::QStart => self.place.q_start,
+                Var::KvStart => self.place.kv_start,
+            }),
+            Node::Float(bits) => Val::Float(k.var(f32::from_bits(bits))),
+            Node::Int(x) => Val::Int(k.var(x)),
+            Node::Bool(x) => Val::Bool(k.var(x)),
+            Node::Load { table, index } => {
+                let at = self.table_offset(&self.tables[table.index()], index.map(|i| own[&i]));
+                match self.program.table_slots()[table.index()] {
+                    Type::Float => Val::Float(load(at)),
+                    _ => Val::Int(load(at)),
+                }
+            }
+            Node::Unary(op, a) => self.unary(op, own[&a]),
+            Node::Binary(op, a, b) => self.binary(op, own[&a], own[&b]),
+            Node::Select(c, a, b) => {
+                let c = self.to_bool(own[&c]);
+                match (own[&a], own[&b]) {
+                    (Val::Int(a), Val::Int(b)) => Val::Int(c.select(a, b)),
+                    (Val::Bool(a), Val::Bool(b)) => Val::Bool((c & a) | (!c & b)),
+                    (a, b) => Val::Float(c.select(self.to_float(a), self.to_float(b))),
+                }
+            }
+        }
+    }
+
+    /// Address of a table's element; indices are clamped to the edge.
+    fn table_offset(&self, table: &TableArgs<'k>, index: [Val<'k>; 4]) -> Reg<'k, u64> {
+        let mut offset: Option<Reg<'k, u32>> = None;
+        for (dim, index) in table.dims.iter().zip(index) {
+            let Some(dim) = dim else { continue };
+            let index = self.to_int(index).max(0).bits::<u32>().min(*dim - 1);
+            offset = Some(match offset {
+                None => index,
+                Some(offset) => offset * *dim + index,
+            });
+        }
+        match offset {
+            None => table.data,
+            Some(offset) => offset.mad_wide(4, table.data),
+        }
+    }
+
+    fn to_float(&self, value: Val<'k>) -> Reg<'k, f32> {
+        match value {
+            Val::Float(x) => x,
+            Val::Int(x) => x.to_f32(),
+            Val::Bool(x) => x.select(1.0, 0.0),
+        }
+    }
+
+    fn to_int(&self, value: Val<'k>) -> Reg<'k, i32> {
+        match value {
+            Val::Float(x) => self.k.result(instr::S32_F32_FLOOR, &[x.operand()]),
+            Val::Int(x) => x,
+            Val::Bool(x) => x.select(1, 0),
+        }
+    }
+
+    fn to_bool(&self, value: Val<'k>) -> Reg<'k, bool> {
+        match value {
+            Val::Float(x) => x.ne(0.0),
+            Val::Int(x) => x.ne(0),
+            Val::Bool(x) => x,
+        }
+    }
+
+    fn unary(&self, op: UnOp, a: Val<'k>) -> Val<'k> {
+        match (op, a) {
+            (UnOp::Neg, Val::Int(x)) => Val::Int(-x),
+            (UnOp::Neg, x) => Val::Float(-self.to_float(x)),
+            (UnOp::Abs, Val::Int(x)) => Val::Int(x.abs()),
+            (UnOp::Abs, x) => Val::Float(self.to_float(x).abs()),
+            (UnOp::Not, x) => Val::Bool(!self.to_bool(x)),
+            (UnOp::Exp2, x) => Val::Float(self.to_float(x).exp2()),
+            (UnOp::Log2, x) => Val::Float(self.to_float(x).log2()),
+            (UnOp::Tanh, x) => Val::Float(tanh(self.to_float(x))),
+            (UnOp::ToFloat, x) => Val::Float(self.to_float(x)),
+            (UnOp::Floor, x) => Val::Int(self.to_int(x)),
+        }
+    }
+
+    fn binary(&self, op: BinOp, a: Val<'k>, b: Val<'k>) -> Val<'k> {
+        match (a, b) {
+            (Val::Int(a), Val::Int(b)) => self.ints(op, a, b),
+            (Val::Bool(a), Val::Bool(b)) => Val::Bool(match op {
+                BinOp::And => a & b,
+                BinOp::Or => a | b,
+                BinOp::Eq => !(a ^ b),
+                _ => a ^ b,
+            }),
+            (a, b) => self.floats(op, self.to_float(a), self.to_float(b)),
+        }
+    }
+
+    fn floats(&self, op: BinOp, a: Reg<'k, f32>, b: Reg<'k, f32>) -> Val<'k> {
+        let two = |row| self.k.result(row, &[a.operand(), b.operand()]);
+        Val::Float(match op {
+            BinOp::Add => a + b,
+            BinOp::Sub => a - b,
+            BinOp::Mul => a * b,
+            BinOp::Div => two(instr::DIV_FULL_F32),
+            BinOp::Min => two(instr::MIN_NAN_F32),
+            BinOp::Max => two(instr::MAX_NAN_F32),
+            _ => return Val::Bool(comparison(op, a, b)),
+        })
+    }
+
+    fn ints(&self, op: BinOp, a: Reg<'k, i32>, b: Reg<'k, i32>) -> Val<'k> {
+        let bitwise = |row| self.k.result::<i32>(row, &[a.operand(), b.operand()]);
+        let amount = || b.bits::<u32>() & 31;
+        Val::Int(match op {
+            BinOp::Add => a + b,
+            BinOp::Sub => a - b,
+            BinOp::Mul => a * b,
+            BinOp::Div => floor_div(a, b),
+            BinOp::Rem => b.eq(0).select(0, a - b * floor_div(a, b)),
+            BinOp::Min => a.min(b),
+            BinOp::Max => a.max(b),
+            BinOp::BitAnd => bitwise(instr::AND_B32),
+            BinOp::BitOr => bitwise(instr::OR_B32),
+            BinOp::BitXor => bitwise(instr::XOR_B32),
+            BinOp::Shl => (a.bits::<u32>() << amount()).bits(),
+            BinOp::Shr => a >> amount(),
+            _ => return Val::Bool(comparison(op, a, b)),
+        })
+    }
+}
+
+fn load<'k, T: ptx::types::Scalar>(at: Reg<'k, u64>) -> Reg<'k, T> {
+    let [value] = at.address().load_as(Order::Weak, Cache::ReadOnly);
+    value
+}
+
+fn comparison<'k, T: Compare>(op: BinOp, a: Reg<'k, T>, b: Reg<'k, T>) -> Reg<'k, bool>
+where
+    Reg<'k, T>: Value<'k, T>,
+{
+    match op {
+        BinOp::Lt => a.lt(b),
+        BinOp::Le => a.le(b),
+        BinOp::Eq => a.eq(b),
+        _ => a.ne(b),
+    }
+}
+
+/// Quotient rounded towards minus infinity; 0 for a zero divisor.
+fn floor_div<'k>(a: Reg<'k, i32>, b: Reg<'k, i32>) -> Reg<'k, i32> {
+    // PTX's own quotient of i32::MIN and −1 is unspecified; −a wraps as the spec wants.
+    let minus = b.eq(-1);
+    let safe = (minus.select(1, b).eq(0)).select(1, minus.select(1, b));
+    let dividend = minus.select(-a, a);
+    let quotient = dividend / safe;
+    let remainder = dividend - quotient * safe;
+    let low = remainder.ne(0) & (remainder.lt(0) ^ safe.lt(0));
+    b.eq(0).select(0, low.select(quotient - 1, quotient))
+}
+
+/// tanh to about 1e-7 absolute, of one exponential and one reciprocal: the hardware's own is good to 2⁻¹¹ only, which a
+/// soft cap of 30 would turn into 0.015 of a score.
+fn tanh(x: Reg<'_, f32>) -> Reg<'_, f32> {
+    let e = (x * (2.0 * LOG2_E)).exp2();
+    ((e + 1.0).rcp()).fma(-2.0, 1.0)
+}
