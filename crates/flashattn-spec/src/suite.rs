@@ -11,7 +11,7 @@
 //! use flashattn_spec::suite::{Runner, StandardExecutor, corpus};
 //!
 //! let report = Runner::new().filter("window").run(&StandardExecutor, &corpus()[..200]);
-//! assert!(report.cases > 0 && report.passed == report.cases, "{report}");
+//! assert!(report.all_passed(), "{report}");
 //! ```
 //!
 //! Files: `corpus` and `random` make the cases from `options`, `memory` lays tensors out, `judge` compares, `run` runs.
@@ -211,6 +211,13 @@ pub struct Report {
     pub skips: Vec<Skip>,
     /// For each output (o, lse, dq, dk, dv, dsinks, dtables): where the executor was least accurate.
     pub worst: BTreeMap<String, Worst>,
+}
+
+impl Report {
+    /// Whether there were cases, and every one of them was run and is right.
+    pub fn all_passed(&self) -> bool {
+        self.cases > 0 && self.passed == self.cases
+    }
 }
 
 impl fmt::Display for Report {
