@@ -255,6 +255,14 @@ impl BlockSchedule {
         self.class(batch, head).map_or(&[], |class| class.row(m_block))
     }
 
+    /// All rows of tiles of (sequence, head), those that are alike and known to be as one.
+    pub(crate) fn rows(&self, batch: usize, head: usize) -> impl Iterator<Item = (Range<usize>, &[Run])> {
+        let class = self.class(batch, head);
+        let (rows, step) =
+            class.map_or((0, 1), |c| (c.m_blocks, if c.starts.is_empty() { c.m_blocks } else { 1 }));
+        (0..rows).step_by(step.max(1)).map(move |m| (m..m + step, class.map_or(&[][..], |c| c.row(m))))
+    }
+
     /// How a tile is visible; `None` if it is skipped (or does not exist).
     pub fn kind(&self, batch: usize, head: usize, m_block: usize, n_block: usize) -> Option<BlockKind> {
         kind_in(self.row(batch, head, m_block), n_block)
