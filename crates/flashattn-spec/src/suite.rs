@@ -1,8 +1,8 @@
 //! The corpus of cases that every executor must pass, and the [`Runner`] that puts it to them.
 //!
 //! "Correct" means: for each output, the largest error against the f64 oracle is at most twice that of standard
-//! attention ([`crate::reference::standard`]) in the same dtype on the same inputs, plus a floor of a few roundings
-//! (written down in `judge`). A NaN fails, except where the oracle's result is not finite: there, and only there,
+//! attention ([`crate::reference::standard`]) in the same dtype on the same inputs, plus a floor of what rounding does
+//! (written down in `judge` and `reference::rounding`). A NaN fails, except where the oracle's result is not finite: there, and only there,
 //! the executor's must not be finite either. Every element of every output must be written, and nothing else.
 //!
 //! A new executor implements [`Executor`] and runs [`corpus`], and [`random_cases`] for as long as one likes:
