@@ -265,7 +265,12 @@ fn check_reports_and_its_status_says_whether_all_passed() {
     );
     assert!(report["device"].as_str().unwrap().starts_with("cpu") && report["failures"] == json!([]));
     assert_eq!(json_of("check --filter random/9 --random 3 --seed 9 --threads 1 --json")["cases"], 3);
-    assert!(refused("check --filter nonesuch").contains("no case has \"nonesuch\" in its name"));
+    for form in ["", " --json", " --random 2"] {
+        let output = flashattn(&format!("check --filter nonesuch{form}")).output().unwrap();
+        let message = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && output.stdout.is_empty(), "no report of 0 cases: {message}");
+        assert!(message.contains("--filter \"nonesuch\": none of "), "{message}");
+    }
     assert!(refused("check --device cuda").contains("possible values: cpu"));
     assert!(refused("check --isa sse").contains("possible values: scalar, neon, avx2"));
     let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "amx" };

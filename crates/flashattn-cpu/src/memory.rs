@@ -1,6 +1,19 @@
 //! Scratch memory of one thread: 64-byte aligned, allocated once a call and reused from task to task.
 
+use std::cell::Cell;
 use std::sync::{Mutex, PoisonError};
+
+thread_local! {
+    /// Bytes that [`bytes_of`] has counted so far, while it counts.
+    static COUNTED: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Bytes of the buffers that `make` makes on this thread. None is allocated: they are empty, and must not be used.
+pub fn bytes_of<R>(make: impl FnOnce() -> R) -> usize {
+    COUNTED.set(Some(0));
+    drop(make());
+    COUNTED.take().unwrap_or(0)
+}
 
 /// One cache line of f32.
 #[derive(Clone, Copy, Debug, bytemuck::Zeroable)]
@@ -12,9 +25,14 @@ struct Line([f32; 16]);
 pub struct Buffer(Vec<Line>);
 
 impl Buffer {
-    /// A zeroed buffer of at least `len` f32.
+    /// A zeroed buffer of at least `len` f32; only counted inside [`bytes_of`].
     pub fn new(len: usize) -> Self {
-        Buffer(bytemuck::zeroed_vec(len.div_ceil(16)))
+        let lines = len.div_ceil(16);
+        if let Some(bytes) = COUNTED.get() {
+            COUNTED.set(Some(bytes.saturating_add(lines.saturating_mul(size_of::<Line>()))));
+            return Buffer::default();
+        }
+        Buffer(bytemuck::zeroed_vec(lines))
     }
 
     /// First element.

@@ -1,12 +1,12 @@
 //! [`Plan`]: a problem made ready for this CPU, and its execution on threads.
 
 use crate::arch::{self, Isa};
-use crate::memory::{Buffer, Pool, Shared};
+use crate::memory::{Buffer, Pool, Shared, bytes_of};
 use crate::mods::{Dropper, ScoreProgram};
 use crate::{backward, decode, forward};
 use flashattn_spec::blocks::BlockSchedule;
 use flashattn_spec::{
-    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, ProblemError,
+    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, ProblemError, Sequence,
 };
 
 use std::sync::OnceLock;
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Why a call was refused.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
 pub enum CpuError {
     /// The problem or a tensor is wrong.
     #[error(transparent)]
@@ -38,9 +39,15 @@ pub struct Options {
     pub threads: Option<usize>,
 }
 
-/// Tasks of the backward pass below which the keys of a head are split, so that every machine has enough of them to
-/// balance. A constant, so that results do not depend on the number of threads.
-const MIN_TASKS: usize = 32;
+/// Tasks of the backward pass below which the keys of a head are split, so that small problems have work for several
+/// threads. A constant, so that results do not depend on the number of threads. Each part has a dQ of its own in f32
+/// and prepares all queries again: with 8 heads of 2048 tokens, two parts take twice the memory of one and 10 % more
+/// CPU time. So heads alone are enough where there are 8.
+const MIN_TASKS: usize = 8;
+/// Parts of a head, at most, and keys of a part, at least. The number of parts is the same for all sequences of
+/// `MAX_PARTS * MIN_KEYS` keys and longer: memory is linear in the length.
+const MAX_PARTS: usize = 4;
+const MIN_KEYS: usize = 256;
 /// Tasks of a thread below which tiles of the forward pass are made smaller, for balance.
 const TASKS_PER_THREAD: usize = 4;
 /// Queries of a tile, at most: the tile's Q and O stay in L2 beside a chunk of K and V.
@@ -48,14 +55,19 @@ const MAX_TILE: usize = 480;
 /// Keys of a block of the schedule.
 pub(crate) const TILE_N: usize = 64;
 
-/// A problem made ready: schedules and programs are made once, `forward` and `backward` run many times.
+/// A problem made ready: programs and schedules are made once, `forward` and `backward` run many times.
+///
+/// A schedule is made by the first call that needs it, when tensors of the problem's size have been seen: planning
+/// costs the same, next to nothing, for any size.
 pub struct Plan {
     problem: AttentionProblem,
     isa: Isa,
     threads: usize,
     program: ScoreProgram,
-    schedule: BlockSchedule,
+    /// Queries of a panel, and of a tile, of the forward pass.
+    panel: usize,
     tile: usize,
+    forward_schedule: OnceLock<Result<BlockSchedule, ProblemError>>,
     backward_schedule: OnceLock<Result<BlockSchedule, ProblemError>>,
     // Memory of earlier calls: fresh pages cost about as much as the work on them.
     prepared: Pool<Buffer>,
@@ -70,6 +82,13 @@ impl Plan {
     /// Validates and plans.
     pub fn new(problem: &AttentionProblem, options: Options) -> Result<Self, CpuError> {
         problem.validate()?;
+        let mut problem = problem.clone();
+        if problem.varlen.is_some() {
+            // Scratch is made for the longest sequence that there is, not for the longest that was announced.
+            let lengths = (0..problem.batch).map(|b| problem.sequence(b)).map(|s| [s.seqlen_q, s.seqlen_k]);
+            [problem.seqlen_q, problem.seqlen_k] =
+                lengths.fold([0; 2], |[q, k], s| [q.max(s[0]), k.max(s[1])]);
+        }
         if problem.dtype == DType::F64 {
             return Err(CpuError::Unsupported { feature: "dtype f64".into() });
         }
@@ -84,11 +103,11 @@ impl Plan {
             DType::F16 => kernels::<half::f16>(isa)?.panel,
             _ => kernels::<f32>(isa)?.panel,
         };
-        let tasks = |tile: usize| -> usize {
-            (0..problem.batch).map(|b| problem.sequence(b).seqlen_q.div_ceil(tile) * problem.heads_q).sum()
+        let tasks = |tile: usize| {
+            sum_over_sequences(&problem, |s| s.seqlen_q.div_ceil(tile).saturating_mul(problem.heads_q))
         };
         let threads = options.threads.unwrap_or_else(rayon::current_num_threads).max(1);
-        let longest = (0..problem.batch).map(|b| problem.sequence(b).seqlen_q).max().unwrap_or(0);
+        let longest = problem.seqlen_q;
         // Tiles of equal length. Their number does not show in results: each row has its own sums.
         let mut parts = longest.div_ceil(MAX_TILE).max(1);
         let length = |parts: usize| longest.div_ceil(parts).next_multiple_of(panel);
@@ -103,11 +122,12 @@ impl Plan {
                 lowered.mask.as_ref(),
                 problem.scale().abs(),
             )?,
-            schedule: BlockSchedule::new(problem, panel, TILE_N)?,
-            problem: problem.clone(),
+            problem,
             threads,
             isa,
+            panel,
             tile,
+            forward_schedule: OnceLock::new(),
             backward_schedule: OnceLock::new(),
             prepared: Pool::default(),
             dq_parts: Pool::default(),
@@ -127,7 +147,9 @@ impl Plan {
         inputs.check(&self.problem)?;
         out.check(&self.problem)?;
         let kernels = kernels::<T>(self.isa)?;
-        let mut cx = self.context(&self.schedule, inputs);
+        let schedule =
+            self.forward_schedule.get_or_init(|| BlockSchedule::new(&self.problem, self.panel, TILE_N));
+        let mut cx = self.context(schedule.as_ref().map_err(Clone::clone)?, inputs);
         let target = forward::Target {
             strides: out.o.strides(),
             o: Shared(out.o.data_mut().as_mut_ptr()),
@@ -339,17 +361,79 @@ impl Plan {
         }
     }
 
+    /// Bytes of working memory that [`Plan::forward`] takes beside the tensors: operands in the order in which they are
+    /// used, and accumulators, for each thread. The first call allocates it, later ones use it again. It is an upper
+    /// bound if threads have nothing to do; lists of tasks and of blocks to skip, small beside it, are not counted.
+    pub fn forward_workspace_bytes(&self) -> usize {
+        match self.problem.dtype {
+            DType::Bf16 => self.forward_bytes::<half::bf16>(),
+            DType::F16 => self.forward_bytes::<half::f16>(),
+            _ => self.forward_bytes::<f32>(),
+        }
+    }
+
+    /// As [`Plan::forward_workspace_bytes`], of [`Plan::backward`]: linear in the sequence length from 1024 keys on, and
+    /// below that with a smaller factor.
+    pub fn backward_workspace_bytes(&self) -> usize {
+        match self.problem.dtype {
+            DType::Bf16 => self.backward_bytes::<half::bf16>(),
+            DType::F16 => self.backward_bytes::<half::f16>(),
+            _ => self.backward_bytes::<f32>(),
+        }
+    }
+
+    fn forward_bytes<T: Element>(&self) -> usize {
+        let problem = &self.problem;
+        // `Plan::new` has refused types without kernels.
+        let Ok(kernels) = kernels::<T>(self.isa) else { return 0 };
+        let (tasks, scratch, shared) = if decode::suits(problem) {
+            // So many heads have one task each, whose list need not be made to count them.
+            let heads = problem.batch.saturating_mul(problem.heads_kv);
+            let few = heads <= 4096;
+            let tasks = if few { decode::tasks(problem, kernels.decode.chunk).len() } else { heads };
+            let scratch = bytes_of(|| (kernels.decode.workspace)(problem));
+            (tasks, scratch, tasks.saturating_mul((kernels.decode.part_len)(problem)))
+        } else {
+            let tasks = sum_over_sequences(problem, |s| {
+                s.seqlen_q.div_ceil(self.tile).saturating_mul(problem.heads_q)
+            });
+            let prepared = kernels.prepare.map_or(0, |prepare| {
+                let chunks = |s: Sequence| s.seqlen_k.div_ceil(prepare.keys).saturating_mul(problem.heads_kv);
+                sum_over_sequences(problem, chunks).saturating_mul((prepare.len)(problem).0)
+            });
+            (tasks, bytes_of(|| (kernels.forward_workspace)(problem, self.tile)), prepared)
+        };
+        scratch.saturating_mul(self.threads.min(tasks)).saturating_add(shared.saturating_mul(4))
+    }
+
+    fn backward_bytes<T: Element>(&self) -> usize {
+        let problem = &self.problem;
+        let Ok(kernels) = kernels::<T>(self.isa) else { return 0 };
+        let keys = |n| part_keys(problem, n, kernels.backward_chunk);
+        let parts = |s: Sequence| s.seqlen_k.max(1).div_ceil(keys(s.seqlen_k));
+        let longest = problem.seqlen_k.min(keys(problem.seqlen_k));
+        let split = longest < problem.seqlen_k;
+        let tasks = sum_over_sequences(problem, |s| parts(s).saturating_mul(problem.heads_kv));
+        let dq = |s| {
+            parts(s).saturating_mul(problem.heads_q).saturating_mul((kernels.dq_len)(problem, s.seqlen_q))
+        };
+        let dq = if split { sum_over_sequences(problem, dq).saturating_mul(4) } else { 0 };
+        let tables: usize = problem.grad_tables().iter().map(|t| t.data().len()).sum();
+        let lanes = if self.program.has_table_grads() { lane_count(tables, tasks) } else { 0 };
+        let scratch = bytes_of(|| (kernels.backward_workspace)(problem, longest, split));
+        let threads = self.threads.min(if lanes > 0 { lanes } else { tasks });
+        let tables = lanes.saturating_mul(tables).saturating_mul(4);
+        scratch.saturating_mul(threads).saturating_add(dq).saturating_add(tables)
+    }
+
     /// The tasks of the backward pass: every KV head of every sequence, its keys in several ranges where heads
     /// are few and sequences long.
     fn split_keys(&self, chunk: usize) -> Parts {
         let problem = &self.problem;
-        let heads = problem.batch * problem.heads_kv;
         let mut parts = Parts { tasks: Vec::new(), longest: 0, split: false };
         for batch in 0..problem.batch {
             let n = problem.sequence(batch).seqlen_k;
-            let ranges = MIN_TASKS.div_ceil(heads.max(1)).min(n / MIN_KEYS).max(1);
-            let ranges = if problem.grad_tables().is_empty() { ranges } else { 1 };
-            let keys = n.div_ceil(ranges).next_multiple_of(chunk).max(1);
+            let keys = part_keys(problem, n, chunk);
             for kv_head in 0..problem.heads_kv {
                 // A sequence without keys has a task too: its dQ is 0, and its sinks have gradients.
                 for start in (0..n.max(1)).step_by(keys) {
@@ -365,12 +449,26 @@ impl Plan {
     }
 }
 
+/// Keys of each part of a sequence of `n` keys in the backward pass.
+fn part_keys(problem: &AttentionProblem, n: usize, chunk: usize) -> usize {
+    let heads = problem.batch.saturating_mul(problem.heads_kv).max(1);
+    let parts = MIN_TASKS.div_ceil(heads).min(MAX_PARTS).min(n / MIN_KEYS).max(1);
+    // Parts would make a copy each of the gradients of tables.
+    let parts = if problem.grad_tables().is_empty() { parts } else { 1 };
+    n.div_ceil(parts).next_multiple_of(chunk).max(1)
+}
+
+/// The sum over all sequences, without looking at each where all are alike.
+fn sum_over_sequences(problem: &AttentionProblem, of: impl Fn(Sequence) -> usize) -> usize {
+    let (sequences, times) =
+        if problem.varlen.is_some() { (problem.batch, 1) } else { (problem.batch.min(1), problem.batch) };
+    let sum = (0..sequences).map(|b| of(problem.sequence(b))).fold(0, usize::saturating_add);
+    sum.saturating_mul(times)
+}
+
 fn kernels<T: Element>(isa: Isa) -> Result<arch::Kernels<T>, CpuError> {
     arch::kernels::<T>(isa).ok_or_else(|| CpuError::Unsupported { feature: format!("dtype {}", T::DTYPE) })
 }
-
-/// Keys of a backward task, at least, where the keys of a head are split.
-const MIN_KEYS: usize = 1024;
 
 struct Parts {
     tasks: Vec<backward::Task>,
@@ -412,6 +510,11 @@ const MAX_LANES: usize = 8;
 /// Elements of all tables' gradients together beyond which there is one lane only.
 const MAX_LANE_ELEMENTS: usize = 1 << 22;
 
+/// Lanes for tasks that add to tables of so many elements.
+fn lane_count(elements: usize, tasks: usize) -> usize {
+    if elements > MAX_LANE_ELEMENTS { 1 } else { tasks.min(MAX_LANES) }
+}
+
 impl TableParts {
     fn new<T: Element>(plan: &Plan, out: &Gradients<'_, T>, tasks: &[backward::Task]) -> (Self, Lanes) {
         let lens: Vec<usize> = out.d_tables.iter().map(|t| t.len()).collect();
@@ -419,8 +522,7 @@ impl TableParts {
             let count = tasks.len();
             return (TableParts { lens, lanes: Vec::new() }, Lanes { count, tasks: count });
         }
-        let large = lens.iter().sum::<usize>() > MAX_LANE_ELEMENTS;
-        let count = if large { 1 } else { tasks.len().min(MAX_LANES) };
+        let count = lane_count(lens.iter().sum(), tasks.len());
         let lanes = (0..count).map(|_| lens.iter().map(|&n| vec![0.0; n]).collect()).collect();
         (TableParts { lens, lanes }, Lanes { count, tasks: tasks.len() })
     }

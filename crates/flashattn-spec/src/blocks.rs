@@ -103,39 +103,53 @@ pub struct BlockSchedule {
 /// The tiles of all (sequence, head) that the mask cannot tell apart.
 #[derive(Clone, Debug)]
 struct Class {
+    m_blocks: usize,
     n_blocks: usize,
-    /// Row m is `runs[starts[m]..starts[m + 1]]`.
+    /// Row m is `runs[starts[m]..starts[m + 1]]`; without a mask there are no starts, and each row is `runs`.
     starts: Vec<usize>,
     runs: Vec<Run>,
 }
 
 impl Class {
-    fn m_blocks(&self) -> usize {
-        self.starts.len() - 1
-    }
-
     fn row(&self, m_block: usize) -> &[Run] {
         match (self.starts.get(m_block), self.starts.get(m_block + 1)) {
             (Some(&from), Some(&to)) => &self.runs[from..to],
+            _ if self.starts.is_empty() && m_block < self.m_blocks => &self.runs,
             _ => &[],
         }
     }
 
     fn counts(&self) -> BlockCounts {
+        let rows = if self.starts.is_empty() { self.m_blocks as u64 } else { 1 };
         let count = |kind| -> u64 {
-            self.runs.iter().filter(|r| r.kind == kind).map(|r| r.n_blocks().len() as u64).sum()
+            let runs = self.runs.iter().filter(|r| r.kind == kind);
+            rows * runs.map(|r| r.n_blocks().len() as u64).sum::<u64>()
         };
         let (full, partial) = (count(BlockKind::Full), count(BlockKind::Partial));
-        let total = self.m_blocks() as u64 * self.n_blocks as u64;
+        let total = self.m_blocks as u64 * self.n_blocks as u64;
         BlockCounts { skipped: total - full - partial, full, partial }
     }
+
+    /// What it counts of [`MAX_ENTRIES`].
+    fn entries(&self) -> usize {
+        self.starts.len() + self.runs.len()
+    }
+}
+
+/// Rows and runs of a schedule, at most: about 800 MB. A causal mask gets there at some hundred million tokens; what
+/// it keeps from happening is that sizes alone, without tensors of such sizes, take all memory.
+const MAX_ENTRIES: usize = 1 << 25;
+
+fn too_large(got: usize) -> ProblemError {
+    ProblemError::TooLarge { name: "number of rows and runs of the block schedule", got, max: MAX_ENTRIES }
 }
 
 impl BlockSchedule {
     /// Finds the visible tiles of `tile_m` queries by `tile_n` keys.
     ///
     /// # Errors
-    /// [`ProblemError::Zero`] if a tile size is 0, and whatever is wrong with the problem.
+    /// [`ProblemError::Zero`] if a tile size is 0, [`ProblemError::TooLarge`] if the schedule would need more than
+    /// 2²⁵ rows and runs (without a mask it needs none, whatever the lengths), and whatever is wrong with the problem.
     pub fn new(problem: &AttentionProblem, tile_m: usize, tile_n: usize) -> Result<Self, ProblemError> {
         for (name, size) in [("tile_m", tile_m), ("tile_n", tile_n)] {
             if size == 0 {
@@ -154,9 +168,18 @@ impl BlockSchedule {
         let sequences_differ = by_sequence || problem.varlen.is_some();
         let sequences = if sequences_differ { problem.batch } else { problem.batch.min(1) };
         let heads = if heads_differ { problem.heads_q } else { 1 };
+        let pairs = sequences.saturating_mul(heads);
+        // Packed sequences of equal lengths may share rows, and without a mask there are none.
+        let alike = problem.varlen.is_some() || mask.is_none();
+        let rows = if alike { 1 } else { problem.seqlen_q.div_ceil(tile_m) + 1 };
+        let needed = pairs.saturating_mul(rows);
+        if needed > MAX_ENTRIES {
+            return Err(too_large(needed));
+        }
 
         let mut classes: Vec<Class> = Vec::new();
-        let mut class_of = Vec::with_capacity(sequences * heads);
+        let mut class_of = Vec::with_capacity(pairs);
+        let mut entries = 0;
         let mut seen: HashMap<(usize, usize, usize), u32> = HashMap::new();
         for batch in 0..sequences {
             let sequence = problem.sequence(batch);
@@ -166,7 +189,11 @@ impl BlockSchedule {
                 let class = match known {
                     Some(&class) => class,
                     None => {
-                        classes.push(Planner::plan(&mask, batch, head, &sequence, tile_m, tile_n).0);
+                        let left = MAX_ENTRIES - entries;
+                        let (class, _) = Planner::plan(&mask, batch, head, &sequence, tile_m, tile_n, left)
+                            .map_err(|needed| too_large(entries.saturating_add(needed)))?;
+                        entries += class.entries();
+                        classes.push(class);
                         let class = classes.len() as u32 - 1;
                         seen.insert(lengths, class);
                         class
@@ -214,7 +241,7 @@ impl BlockSchedule {
 
     /// Rows of tiles (Q blocks) of a sequence; 0 if there is no such sequence.
     pub fn m_blocks(&self, batch: usize) -> usize {
-        self.class(batch, 0).map_or(0, Class::m_blocks)
+        self.class(batch, 0).map_or(0, |class| class.m_blocks)
     }
 
     /// Columns of tiles (KV blocks) of a sequence; 0 if there is no such sequence.
@@ -228,6 +255,14 @@ impl BlockSchedule {
         self.class(batch, head).map_or(&[], |class| class.row(m_block))
     }
 
+    /// All rows of tiles of (sequence, head), those that are alike and known to be as one.
+    pub(crate) fn rows(&self, batch: usize, head: usize) -> impl Iterator<Item = (Range<usize>, &[Run])> {
+        let class = self.class(batch, head);
+        let (rows, step) =
+            class.map_or((0, 1), |c| (c.m_blocks, if c.starts.is_empty() { c.m_blocks } else { 1 }));
+        (0..rows).step_by(step.max(1)).map(move |m| (m..m + step, class.map_or(&[][..], |c| c.row(m))))
+    }
+
     /// How a tile is visible; `None` if it is skipped (or does not exist).
     pub fn kind(&self, batch: usize, head: usize, m_block: usize, n_block: usize) -> Option<BlockKind> {
         kind_in(self.row(batch, head, m_block), n_block)
@@ -239,7 +274,7 @@ impl BlockSchedule {
     pub fn column(&self, batch: usize, head: usize, n_block: usize) -> Vec<(Range<usize>, BlockKind)> {
         let mut column: Vec<(Range<usize>, BlockKind)> = Vec::new();
         let Some(class) = self.class(batch, head) else { return column };
-        for m in 0..class.m_blocks() {
+        for m in 0..class.m_blocks {
             match (kind_in(class.row(m), n_block), column.last_mut()) {
                 (Some(kind), Some((range, last))) if range.end == m && *last == kind => range.end = m + 1,
                 (Some(kind), _) => column.push((m..m + 1, kind)),
@@ -298,13 +333,16 @@ struct Planner<'a> {
     steps: usize,
     /// How many rectangles `settle` may bound for the next tile.
     patience: usize,
+    /// [`Class::entries`], at most; planning stops when there are more.
+    limit: usize,
 }
 
 /// The least that [`Planner::patience`] falls to.
 const MIN_PATIENCE: usize = 8;
 
 impl Planner<'_> {
-    /// The tiles of one (sequence, head), and how many rectangles were bounded to find them.
+    /// The tiles of one (sequence, head), and how many rectangles were bounded to find them; or, if the class has more
+    /// than `limit` entries, how many it has at least.
     fn plan(
         mask: &Option<Traced>,
         batch: usize,
@@ -312,16 +350,21 @@ impl Planner<'_> {
         sequence: &Sequence,
         tile_m: usize,
         tile_n: usize,
-    ) -> (Class, usize) {
+        limit: usize,
+    ) -> Result<(Class, usize), usize> {
         let m_blocks = sequence.seqlen_q.div_ceil(tile_m);
         let n_blocks = sequence.seqlen_k.div_ceil(tile_n);
-        let mut class = Class { n_blocks, starts: vec![0], runs: Vec::new() };
+        let mut class = Class { m_blocks, n_blocks, starts: Vec::new(), runs: Vec::new() };
         let Some(mask) = mask else {
-            let all = Run { n_block_min: 0, n_block_max: n_blocks, kind: BlockKind::Full };
-            class.runs = vec![all; if n_blocks > 0 { m_blocks } else { 0 }];
-            class.starts = (0..=m_blocks).map(|m| m.min(class.runs.len())).collect();
-            return (class, 0);
+            if n_blocks > 0 {
+                class.runs.push(Run { n_block_min: 0, n_block_max: n_blocks, kind: BlockKind::Full });
+            }
+            return Ok((class, 0));
         };
+        if m_blocks >= limit {
+            return Err(m_blocks.saturating_add(1));
+        }
+        class.starts.push(0);
         // The problem is valid, so lengths, starts, batch and head fit i32.
         let block = Block::at(&Env {
             batch: batch as i32,
@@ -334,13 +377,23 @@ impl Planner<'_> {
             kv_start: sequence.kv_start as i32,
         });
         let bounder = Bounder::new(&mask.expr, &mask.tables);
-        let mut planner =
-            Planner { bounder, block, sequence: *sequence, tile_m, tile_n, class, steps: 0, patience: 0 };
+        let mut planner = Planner {
+            bounder,
+            block,
+            sequence: *sequence,
+            tile_m,
+            tile_n,
+            class,
+            steps: 0,
+            patience: 0,
+            limit,
+        };
         planner.patience = planner.full_patience();
         if m_blocks > 0 {
             planner.split(0..m_blocks, vec![Piece { n: 0..n_blocks, cover: Cover::Unknown }]);
         }
-        (planner.class, planner.steps)
+        let entries = planner.class.entries();
+        if entries > limit { Err(entries) } else { Ok((planner.class, planner.steps)) }
     }
 
     /// Enough for the edges of many short documents, and cheaper than computing a tile for nothing.
@@ -371,6 +424,9 @@ impl Planner<'_> {
 
     /// Emits the rows `m`; `pieces` are what is known of them, in order.
     fn split(&mut self, m: Range<usize>, pieces: Vec<Piece>) {
+        if self.class.entries() > self.limit {
+            return;
+        }
         let mut refined = Vec::with_capacity(pieces.len() + 4);
         for piece in pieces {
             match piece.cover {

@@ -23,8 +23,14 @@
 //! 4. A cache that processors share (L2 of a GPU) does not change these counts, but the time: see
 //!    [`TensorTraffic::cached`].
 //!
-//! Not counted: tables of score mods and masks, sinks, seeds; all are small beside Q, K and V, except for a
-//! full `[seqlen_q, seqlen_k]` bias.
+//! 5. Tables of score mods and masks are operands, too. The kernels of standard attention read each once (the
+//!    backward pass those that the derivative needs) and write the gradients of those that learn. A tile of
+//!    flash attention reads what its expression loads: an element for each score (a full bias), for each row or
+//!    column (ids of tokens), or one (a slope of the head), as its place in the table depends on query, key,
+//!    both or neither; of the mask's tables only in tiles that are visible in part. Gradients of tables are
+//!    zeroed, and each tile reads and writes what it adds to.
+//!
+//! Not counted: sinks and seeds, a few bytes a head.
 
 mod count;
 mod device;
@@ -277,7 +283,7 @@ impl IoModel {
     /// What is wrong with the problem or the device.
     pub fn standard(problem: &AttentionProblem, device: &Device, pass: Pass) -> Result<IoReport, IoError> {
         problem.validate()?;
-        let shape = Shape::new(problem);
+        let shape = Shape::new(problem)?;
         let mut tally = Tally::default();
         if pass.has_forward() {
             count::standard_forward(&shape, &mut tally);
@@ -333,7 +339,7 @@ fn tiled(
     density: f64,
 ) -> Result<IoReport, IoError> {
     problem.validate()?;
-    let shape = Shape::new(problem);
+    let shape = Shape::new(problem)?;
     let clamp = |tile: Tile| Tile {
         tile_m: tile.tile_m.min(problem.seqlen_q.max(1) * if tiling.pack_gqa { problem.group() } else { 1 }),
         tile_n: tile.tile_n.min(problem.seqlen_k.max(1)),
@@ -350,12 +356,12 @@ fn tiled(
     let mut computed = None;
     if pass.has_forward() {
         let visits = visit(tiling.forward, packed)?;
-        computed = Some(visits.scores);
+        computed = Some(visits.all.scores);
         count::flash_forward(&shape, &visits, tiling.order, device, &mut tally);
     }
     if pass.has_backward() {
         let visits = visit(tiling.backward, 1)?;
-        computed = computed.or(Some(visits.scores));
+        computed = computed.or(Some(visits.all.scores));
         count::flash_backward(&shape, &visits, tiling.order, device, &mut tally);
     }
     let density = match (computed, shape.scores) {

@@ -24,6 +24,7 @@
 
 mod dense;
 mod prepared;
+pub(crate) mod rounding;
 pub mod standard;
 #[cfg(test)]
 mod tests;
@@ -36,7 +37,7 @@ use crate::softmax::OnlineSoftmax;
 use crate::tensor::View;
 use dense::{Dense, matrix_mut, parallel, product_transposed};
 use ndarray::{Array2, Array4};
-use prepared::{ModEvaluator, Prepared, Sum, env};
+use prepared::{ModEvaluator, Prepared, env};
 use std::ops::Range;
 
 /// Queries that are worked on at a time.
@@ -64,11 +65,6 @@ pub struct Backward {
     pub d_sinks: Vec<f64>,
     /// Gradients of [`AttentionProblem::grad_tables`].
     pub d_tables: Vec<Vec<f64>>,
-    /// For each element of `d_sinks`: the root of the sum of the squares of what was added up. Rounding each
-    /// summand once makes an error of about this times the unit roundoff, however much they cancel.
-    pub d_sinks_rss: Vec<f64>,
-    /// The same for `d_tables`, where a summand counts with the terms that cancel in dS = P ∘ (dP − δ).
-    pub d_tables_rss: Vec<Vec<f64>>,
 }
 
 /// Attention in f64.
@@ -121,7 +117,7 @@ pub fn backward<T: Element>(
         dq: zeros(problem.q_shape()),
         dk: zeros(problem.k_shape()),
         dv: zeros(problem.v_shape()),
-        sinks: vec![Sum::default(); if problem.sinks { problem.heads_q } else { 0 }],
+        sinks: vec![0.0; if problem.sinks { problem.heads_q } else { 0 }],
         tables: oracle.prepared.table_sums(),
     })?;
     let workers = parallel(workers, oracle.blocks(), |worker, (b, rows)| {
@@ -154,8 +150,7 @@ pub fn backward<T: Element>(
                         None => ds,
                         Some(mods) => {
                             let env = env(&sequence, b, head, rows.start + i, j);
-                            let terms = block.p[[i, j]] * ((z * dp[[i, j]]).abs() + delta.abs());
-                            mods.backward(&env, block.x[[i, j]], ds, terms, &mut sums.tables)
+                            mods.backward(&env, block.x[[i, j]], ds, &mut sums.tables)
                         }
                     };
                 }
@@ -163,7 +158,7 @@ pub fn backward<T: Element>(
                     && block.lse[i] != f64::NEG_INFINITY
                 {
                     let p = (f64::from(sinks[head]) - block.lse[i]).exp();
-                    sums.sinks[head].add(p * (d_lse - delta));
+                    sums.sinks[head] += p * (d_lse - delta);
                 }
             }
             let mut dq = matrix_mut(&mut sums.dq, batch, q.clone(), head);
@@ -175,11 +170,9 @@ pub fn backward<T: Element>(
     let mut sums = workers.into_iter().map(|w| w.results);
     let Some(mut total) = sums.next() else { unreachable!("there is at least one worker") };
     sums.for_each(|other| total.add(other));
-    let (d_sinks, d_sinks_rss) = Sum::unzip(&total.sinks);
-    let (d_tables, d_tables_rss) = total.tables.iter().map(|t| Sum::unzip(t)).unzip();
     let dense = |a: Array4<f64>| a.into_raw_vec_and_offset().0;
     let (dq, dk, dv) = (dense(total.dq), dense(total.dk), dense(total.dv));
-    Ok(Backward { dq, dk, dv, d_sinks, d_tables, d_sinks_rss, d_tables_rss })
+    Ok(Backward { dq, dk, dv, d_sinks: total.sinks, d_tables: total.tables })
 }
 
 fn check_output_gradients<T: Element>(
@@ -205,8 +198,8 @@ struct Sums {
     dq: Array4<f64>,
     dk: Array4<f64>,
     dv: Array4<f64>,
-    sinks: Vec<Sum>,
-    tables: Vec<Vec<Sum>>,
+    sinks: Vec<f64>,
+    tables: Vec<Vec<f64>>,
 }
 
 impl Sums {
@@ -216,7 +209,7 @@ impl Sums {
         self.dv += &other.dv;
         let own = self.sinks.iter_mut().chain(self.tables.iter_mut().flatten());
         for (a, b) in own.zip(other.sinks.iter().chain(other.tables.iter().flatten())) {
-            a.merge(*b);
+            *a += b;
         }
     }
 }

@@ -1,8 +1,8 @@
 //! The corpus of cases that every executor must pass, and the [`Runner`] that puts it to them.
 //!
 //! "Correct" means: for each output, the largest error against the f64 oracle is at most twice that of standard
-//! attention ([`crate::reference::standard`]) in the same dtype on the same inputs, plus a floor of a few roundings
-//! (written down in `judge`). A NaN fails, except where the oracle's result is not finite: there, and only there,
+//! attention ([`crate::reference::standard`]) in the same dtype on the same inputs, plus a floor of what rounding does
+//! (written down in `judge` and `reference::rounding`). A NaN fails, except where the oracle's result is not finite: there, and only there,
 //! the executor's must not be finite either. Every element of every output must be written, and nothing else.
 //!
 //! A new executor implements [`Executor`] and runs [`corpus`], and [`random_cases`] for as long as one likes:
@@ -11,7 +11,7 @@
 //! use flashattn_spec::suite::{Runner, StandardExecutor, corpus};
 //!
 //! let report = Runner::new().filter("window").run(&StandardExecutor, &corpus()[..200]);
-//! assert!(report.cases > 0 && report.passed == report.cases, "{report}");
+//! assert!(report.all_passed(), "{report}");
 //! ```
 //!
 //! Files: `corpus` and `random` make the cases from `options`, `memory` lays tensors out, `judge` compares, `run` runs.
@@ -211,6 +211,13 @@ pub struct Report {
     pub skips: Vec<Skip>,
     /// For each output (o, lse, dq, dk, dv, dsinks, dtables): where the executor was least accurate.
     pub worst: BTreeMap<String, Worst>,
+}
+
+impl Report {
+    /// Whether there were cases, and every one of them was run and is right.
+    pub fn all_passed(&self) -> bool {
+        self.cases > 0 && self.passed == self.cases
+    }
 }
 
 impl fmt::Display for Report {

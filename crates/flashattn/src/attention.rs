@@ -221,7 +221,7 @@ impl Attention {
     }
 
     /// Plans for tensors of the given shape and type: checks everything that does not need the tensors,
-    /// compiles the mask and score mods, and finds the blocks to skip. The plan can run many times.
+    /// and compiles the mask and score mods. The plan can run many times; its first call finds the blocks to skip.
     ///
     /// # Errors
     /// As [`Attention::problem`]; [`Error::Unsupported`] if the device cannot do it.

@@ -47,6 +47,14 @@ pub enum Error {
         /// The device.
         executor: Device,
     },
+    /// The device refused for a reason of its own.
+    #[error("{executor}: {reason}")]
+    Refused {
+        /// The device.
+        executor: Device,
+        /// Why.
+        reason: String,
+    },
     /// The memory of a result cannot be had.
     #[error("{name} of shape {shape:?} needs {bytes} bytes, which could not be allocated")]
     OutOfMemory {
@@ -77,6 +85,8 @@ impl From<CpuError> for Error {
             CpuError::Problem(error) => Error::Problem(error),
             CpuError::Expr(error) => Error::Expr(error),
             CpuError::Unsupported { feature } => Error::Unsupported { feature, executor: Device::Cpu },
+            // Reasons that the executor may come to have.
+            other => Error::Refused { executor: Device::Cpu, reason: other.to_string() },
         }
     }
 }

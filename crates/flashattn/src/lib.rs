@@ -139,3 +139,8 @@ pub use flashattn_spec::{
     AttentionProblem, DType, Element, GradInputs, ProblemError, View, ViewError, ViewMut,
 };
 pub use half::{bf16, f16};
+
+// The README's code runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

@@ -118,6 +118,35 @@ impl<T: Element> Plan<T> {
         self.device
     }
 
+    /// Bytes of working memory that [`Plan::forward`] takes beside the tensors, at most: linear in the sequence length.
+    /// The first call allocates it, and the plan keeps it for the next. (Lists of tasks and of blocks to skip, small
+    /// beside it, are not counted.)
+    ///
+    /// ```
+    /// # use flashattn::{Attention, Shape, bf16};
+    /// let bytes = |seqlen| -> Result<usize, flashattn::Error> {
+    ///     let shape = [1, seqlen, 4, 64];
+    ///     let plan = Attention::new().causal().plan::<bf16>(Shape::of(shape, shape, shape)?)?;
+    ///     Ok(plan.backward_workspace_bytes())
+    /// };
+    /// assert!(bytes(16384)? <= 2 * bytes(8192)?);
+    /// // A plan needs no tensors, and takes no memory for them.
+    /// assert!(bytes(1 << 29)? > 1 << 32);
+    /// # Ok::<(), flashattn::Error>(())
+    /// ```
+    pub fn forward_workspace_bytes(&self) -> usize {
+        match &self.executor {
+            Executor::Cpu(plan) => plan.forward_workspace_bytes(),
+        }
+    }
+
+    /// As [`Plan::forward_workspace_bytes`], of [`Plan::backward`].
+    pub fn backward_workspace_bytes(&self) -> usize {
+        match &self.executor {
+            Executor::Cpu(plan) => plan.backward_workspace_bytes(),
+        }
+    }
+
     /// The tables that get a gradient, in the order of [`GradientsMut::d_tables`].
     pub fn grad_tables(&self) -> &[Table] {
         &self.grad_tables

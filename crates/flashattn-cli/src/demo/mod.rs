@@ -28,8 +28,8 @@ Examples:
   flashattn demo --quick --json --out /tmp
       seconds, on the first 1024 tokens
 
-Exact means: no output is farther from the f64 oracle than twice what standard attention errs in the same type, plus a few
-roundings of the largest entry. Exit status 1 otherwise.";
+Exact means: no output is farther from the f64 oracle than twice what standard attention errs in the same type, plus one
+rounding of the largest entry. Exit status 1 otherwise.";
 
 /// Options of `flashattn demo`.
 #[derive(Args, Clone, Debug)]

@@ -164,6 +164,39 @@ fn outside_of_the_problem_there_is_nothing() {
     assert_eq!(BlockSchedule::new(&good, 4, 0).unwrap_err(), ProblemError::Zero { name: "tile_n" });
 }
 
+/// Sizes alone, before any tensor is seen, must take neither the memory nor the time that tensors of such sizes would.
+#[test]
+fn huge_problems_cost_nothing_or_are_refused() {
+    let plan = |batch, seqlen, heads, mask| {
+        let problem = AttentionProblem { mask, ..AttentionProblem::new(batch, seqlen, heads, 8, DType::F32) };
+        BlockSchedule::new(&problem, 16, 64)
+    };
+    let refused = |result: Result<BlockSchedule, ProblemError>| match result {
+        Err(ProblemError::TooLarge { name, got, max }) => {
+            assert!(name.contains("block schedule") && got > max, "{name}: {got} of {max}")
+        }
+        other => panic!("expected to be refused: {other:?}"),
+    };
+    let full = plan(1, 1_000_000_000, 1, Mask::full()).unwrap();
+    assert_eq!((full.m_blocks(0), full.n_blocks(0)), (62_500_000, 15_625_000));
+    assert_eq!(full.row(0, 0, 62_499_999), full.row(0, 0, 0));
+    assert!(full.row(0, 0, 62_500_000).is_empty());
+    assert_eq!(full.counts(), BlockCounts { skipped: 0, full: 62_500_000 * 15_625_000, partial: 0 });
+    assert_eq!(plan(1 << 29, 1, 1 << 20, Mask::full()).unwrap().counts().full, 1 << 49);
+    refused(plan(1, 1_000_000_000, 1, Mask::causal()));
+    refused(plan(1 << 20, 1 << 9, 1 << 20, Mask::custom(|ix| ix.kv.gt(ix.head)).unwrap()));
+    let by_batch = Mask::custom(|ix| ix.kv.gt(ix.head + ix.batch)).unwrap();
+    refused(plan(1 << 20, 1 << 9, 1 << 20, by_batch));
+    let error = plan(1, 1 << 40, 1, Mask::causal()).unwrap_err();
+    assert_eq!(error.to_string(), "seqlen_q is 1099511627776, expected at most 1073741823");
+    // Few rows, but with a run for every other tile of keys: planning stops.
+    let stripes = Mask::custom(|ix| (ix.kv / 64 % 2).eq(0)).unwrap();
+    let problem = AttentionProblem { mask: stripes, ..AttentionProblem::new(1, 4096, 1, 8, DType::F32) };
+    let mask = problem.mask.lower().unwrap();
+    let needed = Planner::plan(&mask, 0, 0, &problem.sequence(0), 64, 64, 1000).unwrap_err();
+    assert!((1001..=1000 + 33).contains(&needed), "{needed}");
+}
+
 /// Planning must not look at every tile: a mask with one edge costs about as many bounds as the edge crosses tiles,
 /// whatever the area.
 #[test]
@@ -172,7 +205,7 @@ fn work_grows_with_the_edges_of_the_mask() {
         let mask = mask.lower().unwrap();
         let mut problem = AttentionProblem::new(1, seqlen, 1, 8, DType::F32);
         problem.seqlen_k = seqlen;
-        Planner::plan(&mask, 0, 0, &problem.sequence(0), 64, 64).1
+        Planner::plan(&mask, 0, 0, &problem.sequence(0), 64, 64, MAX_ENTRIES).unwrap().1
     };
     for mask in [Mask::causal(), Mask::window(1000, 0), Mask::chunked(2048).and(Mask::causal())] {
         let (short, long) = (steps(8192, mask.clone()), steps(65536, mask.clone()));

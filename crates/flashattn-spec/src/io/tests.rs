@@ -1,4 +1,5 @@
 use super::*;
+use crate::expr::Table;
 use crate::mask::{BlockMask, Mask};
 use crate::problem::Dropout;
 use crate::score_mod::ScoreMod;
@@ -451,4 +452,82 @@ proptest! {
             prop_assert_eq!(flash(&two, &device, pass, order).bytes, base.bytes);
         }
     }
+}
+
+/// Two heads, 4 queries, 6 keys; tiles 2 x 3: 2 x 2 tiles for each head.
+#[test]
+fn tables_by_hand() {
+    let device = two_level(1 << 10);
+    let base = AttentionProblem { seqlen_k: 6, ..AttentionProblem::new(1, 4, 2, 2, DType::F16) };
+    let table = |dims: &[usize]| Table::f32(dims, vec![0.5; dims.iter().product()]).unwrap();
+    let count = |p: &AttentionProblem, name: &str, expected: [Option<(u128, u128)>; 4]| {
+        let traffic = |r: &IoReport| r.tensor(name).map(|t| (t.read, t.written));
+        let standard = [Forward, Backward].map(|pass| traffic(&standard(p, pass)));
+        assert_eq!(standard, expected[..2], "{name}, standard");
+        for order in ORDERS {
+            let flash = |pass| IoModel::flash(p, &device, pass, &Tiling::new(p, order, 2, 3)).unwrap();
+            assert_eq!(
+                [Forward, Backward].map(|pass| traffic(&flash(pass))),
+                expected[2..],
+                "{name}, {order:?}"
+            );
+        }
+    };
+    let with = |score_mod: ScoreMod| AttentionProblem { score_mod, ..base.clone() };
+    let (mods, gradients) = ("score mod tables", "gradients of tables");
+
+    // Standard: the whole table by the forward's score mod; the derivative of a sum does not read it. Flash: an
+    // element for each of 24 scores of 2 heads, in each pass.
+    let full = 2 * 24 * 4;
+    let bias = with(ScoreMod::Bias(table(&[1, 2, 4, 6]).with_grad().unwrap()));
+    count(&bias, mods, [Some((full, 0)), None, Some((full, 0)), Some((full, 0))]);
+    // Zeroed, then read and written at each score.
+    count(&bias, gradients, [None, Some((0, full)), None, Some((full, 2 * full))]);
+    // One matrix for both heads is read for each of them.
+    let shared = with(ScoreMod::Bias(table(&[1, 1, 4, 6])));
+    count(&shared, mods, [Some((full / 2, 0)), None, Some((full, 0)), Some((full, 0))]);
+    count(&shared, gradients, [None; 4]);
+    // By key: the 6 keys for each of 2 rows of tiles of 2 heads. By query: the 4 queries for 2 columns.
+    let by_key = Some((2 * 2 * 6 * 4, 0));
+    count(&with(ScoreMod::Bias(table(&[1, 2, 1, 6]))), mods, [Some((2 * 6 * 4, 0)), None, by_key, by_key]);
+    let by_query = Some((2 * 2 * 4 * 4, 0));
+    count(
+        &with(ScoreMod::Bias(table(&[1, 2, 4, 1]))),
+        mods,
+        [Some((2 * 4 * 4, 0)), None, by_query, by_query],
+    );
+    // A slope of the head: one for each of 2 x 4 tiles.
+    let slope = Some((8 * 4, 0));
+    count(&with(ScoreMod::alibi(&[0.5, 0.25]).unwrap()), mods, [Some((2 * 4, 0)), None, slope, slope]);
+    // A factor is its own derivative, so that standard attention reads it again.
+    let factor = table(&[2]);
+    let scaled = ScoreMod::custom(|s, ix| s * factor[ix.head]).unwrap();
+    count(&with(scaled), mods, [Some((2 * 4, 0)), Some((2 * 4, 0)), slope, slope]);
+    count(&with(ScoreMod::softcap(30.0)), mods, [None; 4]);
+
+    // Documents: of each head's tiles one is whole, one hidden, and two are partial and read ids of 2 rows and 3 columns.
+    let mut ids = base.clone();
+    ids.mask = Mask::Document { q_ids: vec![0, 0, 1, 1].into(), kv_ids: vec![0, 0, 0, 0, 1, 1].into() };
+    let partial = Some((2 * 2 * (2 + 3) * 4, 0));
+    count(&ids, "mask tables", [Some(((4 + 6) * 4, 0)), None, partial, partial]);
+
+    // A cache that holds the shared matrix serves the second head, and changes no count.
+    let cache = Device { shared_cache_bytes: 1 << 20, ..device.clone() };
+    let r = IoModel::flash(&shared, &cache, Forward, &Tiling::new(&shared, ORDERS[1], 2, 3)).unwrap();
+    assert_eq!(r.tensor(mods).map(|t| (t.read, t.cached)), Some((full, full / 2)));
+}
+
+#[test]
+fn lengths_alone_cost_nothing() {
+    let mut p = AttentionProblem::new(1, 1_000_000_000, 1, 64, DType::Bf16);
+    for order in ORDERS {
+        // Rows of one element, if the fast memory is that small.
+        for device in [two_level(192 << 10), two_level(1)] {
+            let r = flash(&p, &device, ForwardBackward, order);
+            assert_eq!(r.density, 1.0);
+        }
+    }
+    p.mask = Mask::Causal;
+    let error = IoModel::flash(&p, &two_level(1), Forward, &Tiling::for_device(&p, ORDERS[1], &two_level(1)));
+    assert!(error.unwrap_err().to_string().contains("block schedule"));
 }

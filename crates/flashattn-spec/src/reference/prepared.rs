@@ -66,8 +66,8 @@ impl<'a> Prepared<'a> {
     }
 
     /// Sums for the gradients of all tables that want one.
-    pub fn table_sums(&self) -> Vec<Vec<Sum>> {
-        self.lowered.grad_tables().map(|t| vec![Sum::default(); t.data().len()]).collect()
+    pub fn table_sums(&self) -> Vec<Vec<f64>> {
+        self.lowered.grad_tables().map(|t| vec![0.0; t.data().len()]).collect()
     }
 }
 
@@ -77,25 +77,6 @@ pub(super) fn env(s: &Sequence, batch: usize, head: usize, q: usize, kv: usize) 
     let [seqlen_q, seqlen_k, q_start, kv_start] =
         [s.seqlen_q, s.seqlen_k, s.q_start, s.kv_start].map(|x| x as i32);
     Env { batch, head, q, kv, seqlen_q, seqlen_k, q_start, kv_start }
-}
-
-/// A sum, and the sum of squares.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Sum(pub f64, pub f64);
-
-impl Sum {
-    pub fn add(&mut self, x: f64) {
-        self.merge(Sum(x, x * x));
-    }
-
-    pub fn merge(&mut self, other: Sum) {
-        *self = Sum(self.0 + other.0, self.1 + other.1);
-    }
-
-    /// The sums, and the roots of the sums of squares.
-    pub fn unzip(sums: &[Sum]) -> (Vec<f64>, Vec<f64>) {
-        sums.iter().map(|s| (s.0, s.1.sqrt())).unzip()
-    }
 }
 
 /// A score mod with its derivatives.
@@ -110,17 +91,22 @@ impl<F: Real> ModEvaluator<'_, F> {
         self.evaluator.run(env, x)[self.gradients.value.index()].as_float()
     }
 
-    /// From ds to dx; adds to the tables' gradients.
-    pub fn backward(&mut self, env: &Env, x: F, ds: F, terms: F, sums: &mut [Vec<Sum>]) -> F {
+    /// ∂s/∂x; calls `table` with (which of the tables that want a gradient, where in it, the derivative) for each load.
+    pub fn derivatives(&mut self, env: &Env, x: F, mut table: impl FnMut(usize, usize, F)) -> F {
         let values = self.evaluator.run(env, x);
         let tables = self.lowered.score_mod.as_ref().map_or(&[][..], |t| &t.tables);
         for grad in &self.gradients.tables {
             let slot = grad.slot.index();
             let index = tables[..slot].iter().filter(|t| t.wants_grad()).count();
             let at = tables[slot].offset(grad.index.map(|i| values[i.index()].as_int()));
-            let derivative = values[grad.derivative.index()].as_float();
-            sums[index][at].merge(Sum((ds * derivative).to_f64(), (terms * derivative).to_f64().powi(2)));
+            table(index, at, values[grad.derivative.index()].as_float());
         }
-        ds * values[self.gradients.d_score.index()].as_float()
+        values[self.gradients.d_score.index()].as_float()
+    }
+
+    /// From ds to dx; adds to the tables' gradients.
+    pub fn backward(&mut self, env: &Env, x: F, ds: F, sums: &mut [Vec<f64>]) -> F {
+        let add = |table: usize, at: usize, derivative: F| sums[table][at] += (ds * derivative).to_f64();
+        ds * self.derivatives(env, x, add)
     }
 }

@@ -12,7 +12,7 @@ mod rows;
 mod visible;
 
 use super::dense::{Dense, parallel};
-use super::prepared::{Prepared, Sum};
+use super::prepared::Prepared;
 use crate::args::{GradInputs, Gradients, Inputs, Outputs};
 use crate::element::Element;
 use crate::io::Pass;
@@ -257,8 +257,7 @@ impl<'a, T: Element> StandardAttention<'a, T> {
         let s = cut(s, chunks.iter().map(|c| if has_mod { c.len() } else { 0 }));
         let jobs = s.into_iter().zip(cut(dp, lengths())).zip(cut(&mut self.p, lengths()));
         let jobs = jobs.zip(cut(&mut self.ds, lengths()));
-        let state =
-            |_| Ok((prepared.score_mod()?, prepared.table_sums(), vec![Sum::default(); problem.heads_q]));
+        let state = |_| Ok((prepared.score_mod()?, prepared.table_sums(), vec![0.0; problem.heads_q]));
         let states = (0..threads).map(state).collect::<Result<Vec<_>, ProblemError>>()?;
         let sums =
             parallel(states, chunks.iter().zip(jobs), |(mods, tables, sinks), (c, (((s, dp), p), ds))| {
@@ -269,13 +268,13 @@ impl<'a, T: Element> StandardAttention<'a, T> {
                 if let Some(sink) = inputs.sinks.map(|x| x[c.head]) {
                     for (delta, lse) in deltas.into_iter().zip(&grad_inputs.lse[at..]) {
                         let p = if *lse == f32::NEG_INFINITY { 0.0 } else { (sink - lse).exp() };
-                        sinks[c.head].add(f64::from(p * -delta));
+                        sinks[c.head] += f64::from(p * -delta);
                     }
                 }
             });
-        let total = |d: &mut [f32], sums: &mut dyn Iterator<Item = &Vec<Sum>>| {
+        let total = |d: &mut [f32], sums: &mut dyn Iterator<Item = &Vec<f64>>| {
             let mut total = vec![0.0; d.len()];
-            sums.for_each(|s| total.iter_mut().zip(s).for_each(|(t, s)| *t += s.0));
+            sums.for_each(|s| total.iter_mut().zip(s).for_each(|(t, s)| *t += s));
             d.iter_mut().zip(total).for_each(|(d, t)| *d = t as f32);
         };
         for (t, d) in gradients.d_tables.iter_mut().enumerate() {

@@ -279,9 +279,6 @@ fn gradients_equal_finite_differences() {
             flat.sort_by_key(Vec::len);
         }
         close(&format!("{name}: tables"), &flat.concat(), &d_table, DERIVATIVE);
-        if name == "sinks" || name == "bias of every head" {
-            assert!(got.d_sinks_rss.iter().chain(got.d_tables_rss.iter().flatten()).all(|&x| x > 0.0));
-        }
     }
 }
 

@@ -1,12 +1,12 @@
 //! Runs cases: makes their tensors, asks oracle, standard attention and executor, and compares.
 
-use super::judge::{Sizes, Verdict, judge, max_abs, rms};
+use super::judge::{Verdict, floor, judge};
 use super::memory::{Memory, Role};
 use super::{Case, ExecError, Executor, Failure, InputKind, Layout, Place, Report, Skip, Worst};
 use crate::args::{GradInputs, Gradients, Inputs, Outputs};
 use crate::element::{DType, Element};
 use crate::problem::{AttentionProblem, ProblemError};
-use crate::reference::{self, standard::StandardAttention};
+use crate::reference::{self, rounding::deviations, standard::StandardAttention};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
@@ -243,16 +243,13 @@ fn compare<T: Element>(
     let (p, backward) = (&case.problem, case.backward);
     let forward = reference::forward(p, &tensors.inputs())?;
     let mut expected = vec![forward.o, forward.lse];
-    let mut rss = vec![vec![]; 5];
     if backward {
         let g = reference::backward(p, &tensors.inputs(), tensors.d_o.view(), tensors.d_lse.as_deref())?;
         expected.extend([g.dq, g.dk, g.dv]);
         if p.sinks {
             expected.push(g.d_sinks);
-            rss.push(g.d_sinks_rss);
         }
         expected.extend(g.d_tables);
-        rss.extend(g.d_tables_rss);
     }
     let mut attention = StandardAttention::new(p)?;
     let mut standard = Results::<T>::new(case, Layout::Dense);
@@ -261,26 +258,22 @@ fn compare<T: Element>(
         let (grad_inputs, mut gradients) = standard.backward_args(tensors);
         attention.backward(&tensors.inputs(), &grad_inputs, &mut gradients)?;
     }
-    let sizes = Sizes {
-        dtype: p.dtype,
-        scale: f64::from(p.scale()).abs(),
-        kept: 1.0 / (1.0 - p.dropout.map_or(0.0, |d| f64::from(d.p))),
-        q: rms(&tensors.q.to_f64()),
-        k: rms(&tensors.k.to_f64()),
-        v: rms(&tensors.v.to_f64()),
-        o: rms(&expected[0]),
-        d_o: rms(&tensors.d_o.to_f64()),
-        head_dim_v: p.head_dim_v,
-        queries_per_key: p.seqlen_q * p.group(),
-        seqlen_k: p.seqlen_k,
-        lse: max_abs(&expected[1]),
-    };
-    let all =
-        results.outputs(backward).into_iter().zip(standard.outputs(backward)).zip(expected.iter().zip(&rss));
-    Ok(all
-        .map(|(((tensor, got), (_, standard)), (expected, rss))| {
-            let floor = sizes.floor(tensor, expected, rss);
-            (tensor, judge(tensor, &got, expected, &standard, floor))
+    let rounding = deviations(p, &tensors.inputs(), tensors.d_o.view(), tensors.d_lse.as_deref())?;
+    let mut tables = rounding.tables.iter();
+    let results = results.outputs(backward).into_iter().zip(standard.outputs(backward));
+    Ok(results
+        .zip(&expected)
+        .map(|(((tensor, got), (_, standard)), expected)| {
+            let deviation = match tensor {
+                "o" => rounding.o,
+                "lse" => rounding.lse,
+                "dq" => rounding.dq,
+                "dk" => rounding.dk,
+                "dv" => rounding.dv,
+                "dsinks" => rounding.sinks,
+                _ => tables.next().copied().unwrap_or_default(),
+            };
+            (tensor, judge(tensor, &got, expected, &standard, floor(tensor, p.dtype, expected, deviation)))
         })
         .collect())
 }

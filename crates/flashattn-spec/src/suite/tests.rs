@@ -388,4 +388,7 @@ fn skips_and_failures_are_reported() {
     }
     assert_eq!(json["failures"][0]["detail"], "out of memory");
     assert!(report.to_string().contains("FAILED size/17x31/full/f32: -: error inf"));
+    // No case is no success.
+    assert!(!Runner::new().filter("nonesuch").run(&StandardExecutor, &CORPUS).all_passed());
+    assert!(Runner::new().filter("size/17x31").run(&StandardExecutor, &CORPUS).all_passed());
 }

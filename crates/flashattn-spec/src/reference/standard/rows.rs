@@ -3,7 +3,7 @@
 use super::{Chunk, Visible};
 use crate::element::{DType, Element};
 use crate::reference::dense::product_transposed;
-use crate::reference::prepared::{ModEvaluator, Prepared, Sum, env};
+use crate::reference::prepared::{ModEvaluator, Prepared, env};
 use ndarray::linalg::general_mat_mul;
 use ndarray::{Array2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2, Slice};
 use std::ops::Range;
@@ -102,7 +102,7 @@ pub(super) fn softmax<T: Element>(
 /// dS (before the scale) of a chunk; returns `δ − dlse` of each row.
 pub(super) fn softmax_backward<T: Element>(
     visible: &Visible,
-    mut mods: Option<(&mut ModEvaluator<'_, f32>, &mut Vec<Vec<Sum>>)>,
+    mut mods: Option<(&mut ModEvaluator<'_, f32>, &mut Vec<Vec<f64>>)>,
     c: &Chunk,
     d_lse: Option<&[f32]>,
     [s, p, dp]: [&[T]; 3],
@@ -135,7 +135,7 @@ pub(super) fn softmax_backward<T: Element>(
             for (j, (ds, s)) in ds.iter_mut().zip(&s[at]).enumerate() {
                 if visible.sees(c, i, j) {
                     let env = env(&c.sequence, c.b, c.head, c.rows.start + i, j);
-                    *ds = T::from_f32(mods.backward(&env, s.to_f32(), ds.to_f32(), 0.0, tables));
+                    *ds = T::from_f32(mods.backward(&env, s.to_f32(), ds.to_f32(), tables));
                 }
             }
         }
