@@ -335,6 +335,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs ptxas: bash tools/ptxas.sh"]
     fn ptxas_takes_every_row_on_its_first_target() {
         let mut rows = all_rows();
         rows.extend([Type::U32, Type::S32, Type::F32, Type::U64].map(instr::param));
@@ -368,6 +369,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs ptxas: bash tools/ptxas.sh"]
     fn a_row_that_ptxas_refuses_is_named_with_its_line() {
         let mut kernel = kernel(Target::Sm80);
         push(&mut kernel, &instr::ADD_F32, None);
@@ -380,6 +382,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs ptxas: bash tools/ptxas.sh"]
     fn spills_fail_the_check() {
         // 100 values live at once, and 16 blocks of 128 threads that share 65536 registers: 32 a thread.
         let mut spilling = kernel(Target::Sm90);
@@ -419,6 +422,7 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs ptxas: bash tools/ptxas.sh"]
     fn serialised_wgmma_fails_the_check() {
         let shape = WgmmaShape {
             n: 8,

@@ -384,6 +384,18 @@ impl Builder {
         self.push(instr::BAR_WARP, &[], &[ALL_LANES]);
     }
 
+    /// Orders this thread's memory accesses at the scope of the device.
+    #[track_caller]
+    pub fn fence_acq_rel(&self) {
+        self.push(instr::FENCE_ACQ_REL, &[], &[]);
+    }
+
+    /// Ends the grid with an error.
+    #[track_caller]
+    pub fn trap(&self) {
+        self.push(instr::TRAP, &[], &[]);
+    }
+
     // ---- cp.async -----------------------------------------------------------------------------------------------
 
     /// Copies `bytes` (4, 8 or 16) to shared memory in the background; only the first `valid` are read, the rest is
@@ -573,6 +585,15 @@ impl<'k, A: AddressType> Address<'k, A> {
     pub fn red_add<T: Scalar>(self, value: impl Value<'k, T>) {
         let row = instr::red(A::SPACE, instr::AtomOp::Add, T::TYPE, 1, Order::Relaxed);
         self.base.k.push(row, &[], &[self.operand(), value.operand()]);
+    }
+
+    /// Adds 2 or 4 neighbouring f32 at once (global memory, sm_90).
+    #[track_caller]
+    pub fn red_add_vec<const N: usize>(self, values: [Reg<'k, f32>; N]) {
+        let mut operands = vec![self.operand()];
+        operands.extend(values.map(|r| r.operand()));
+        let row = instr::red(A::SPACE, instr::AtomOp::Add, Type::F32, N as u8, Order::Relaxed);
+        self.base.k.push(row, &[], &operands);
     }
 
     /// The address as a register.

@@ -23,6 +23,12 @@ impl<'k> Mbarrier<'k> {
         k.push(instr::MBARRIER_ARRIVE, &[], &[self.0.operand()]);
     }
 
+    /// Arrives when this thread's earlier `cp.async` copies have completed; counted in [`Mbarrier::init`].
+    #[track_caller]
+    pub fn arrive_after_cp_async(self, k: &'k Builder) {
+        k.push(instr::CP_ASYNC_MBARRIER, &[], &[self.0.operand()]);
+    }
+
     /// Arrives at the same barrier of block `rank` of the cluster.
     #[track_caller]
     pub fn arrive_remote(self, k: &'k Builder, rank: impl Value<'k, u32>) {
@@ -147,6 +153,25 @@ impl Builder {
         let mut operands = self.tensor(map, at);
         operands.push(from.into().operand());
         self.push(instr::tma_reduce_add(at.len() as u8), &[], &operands);
+    }
+
+    /// Copies the box of `map` at `at` into L2 only.
+    #[track_caller]
+    pub fn tma_prefetch<'k>(&'k self, map: Address<'k, u64>, at: &[Reg<'k, i32>]) {
+        self.push(instr::tma_prefetch(at.len() as u8), &[], &self.tensor(map, at));
+    }
+
+    /// Copies `bytes` (a multiple of 16) to another block's shared memory; `to` and `on` are [`Builder::mapa`] addresses.
+    #[track_caller]
+    pub fn bulk_to_cluster<'k>(
+        &'k self,
+        to: impl Into<Address<'k, u32>>,
+        from: impl Into<Address<'k, u32>>,
+        bytes: impl Value<'k, u32>,
+        on: Mbarrier<'k>,
+    ) {
+        let operands = [to.into().operand(), from.into().operand(), bytes.operand(), on.0.operand()];
+        self.push(instr::BULK_TO_CLUSTER, &[], &operands);
     }
 
     /// Fetches a tensor map itself ahead of its use.

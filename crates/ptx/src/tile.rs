@@ -78,18 +78,30 @@ impl TileLayout {
     /// Descriptor of a `wgmma` operand whose K runs along the rows' bytes: A of M rows, or B of N rows.
     #[track_caller]
     pub fn k_major<'k>(&self, tile: Address<'k, u32>) -> Descriptor<'k> {
-        // The leading dimension's offset is not used under a swizzle.
-        self.descriptor(tile, 16, Walk::Along { panel: self.panel_bytes(), span: self.swizzle.span() })
+        // Along K a swizzled operand stays inside its panel, and the leading offset is not used; otherwise it goes from
+        // panel to panel. The stride is that between groups of 8 rows.
+        let walk = Walk::Along { panel: self.panel_bytes(), span: self.swizzle.span() };
+        let leading = if self.swizzle == Swizzle::None { self.panel_bytes() } else { 16 };
+        self.descriptor(tile, [leading, 8 * self.swizzle.span()], walk)
     }
 
     /// Descriptor of a `wgmma` operand whose K runs down the rows (`transpose`): B of N columns, or A of M columns.
     #[track_caller]
     pub fn mn_major<'k>(&self, tile: Address<'k, u32>) -> Descriptor<'k> {
-        self.descriptor(tile, self.panel_bytes(), Walk::Down { row: self.swizzle.span() })
+        // From panel to panel, and between groups of 8 rows; without a swizzle the two change places.
+        let offsets = [self.panel_bytes(), 8 * self.swizzle.span()];
+        let [panel, group] = offsets;
+        let offsets = if self.swizzle == Swizzle::None { [group, panel] } else { offsets };
+        self.descriptor(tile, offsets, Walk::Down { row: self.swizzle.span() })
     }
 
     #[track_caller]
-    fn descriptor<'k>(&self, tile: Address<'k, u32>, leading: u32, walk: Walk) -> Descriptor<'k> {
+    fn descriptor<'k>(
+        &self,
+        tile: Address<'k, u32>,
+        [leading, stride]: [u32; 2],
+        walk: Walk,
+    ) -> Descriptor<'k> {
         let swizzle: u32 = match self.swizzle {
             Swizzle::None => 0,
             Swizzle::B128 => 1,
@@ -99,8 +111,7 @@ impl TileLayout {
         // 18 bits of address: in a cluster's other blocks the higher ones are set and would run into the offset's.
         let address = (tile.reg() & 0x3_ffff) >> 4;
         let low = address | (leading >> 4) << 16;
-        // Stride between groups of 8 rows.
-        let high = (8 * self.swizzle.span()) >> 4 | swizzle << 30;
+        let high = stride >> 4 | swizzle << 30;
         Descriptor { low, high, walk, element_bytes: self.element.bytes() }
     }
 }

@@ -31,9 +31,16 @@ fn kernels() -> Vec<Kernel> {
 }
 
 #[test]
-fn rules_hold_and_ptxas_is_content() {
+fn rules_hold() {
     for kernel in kernels() {
         verify(&kernel).unwrap_or_else(|errors| panic!("{errors}"));
+    }
+}
+
+#[test]
+#[ignore = "needs ptxas: bash tools/ptxas.sh"]
+fn ptxas_is_content() {
+    for kernel in kernels() {
         let report = assemble(&kernel).unwrap_or_else(|error| panic!("{error}"));
         report.check().unwrap_or_else(|error| panic!("{}: {error}", kernel.name));
         println!("{}: {report:?}", kernel.name);

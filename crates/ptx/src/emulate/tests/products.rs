@@ -9,7 +9,7 @@ use crate::hopper::WgmmaA;
 use crate::instr::{self, Accumulator, Element, Operand, WgmmaShape};
 use crate::kernel::Swizzle;
 use crate::tile::TileLayout;
-use crate::types::{B32, Type};
+use crate::types::B32;
 
 const ELEMENTS: [Element; 5] = [Element::F16, Element::BF16, Element::TF32, Element::E4M3, Element::E5M2];
 
@@ -138,17 +138,6 @@ fn copy_in<'k>(k: &'k Builder, tile: crate::Address<'k, u32>, from: crate::Reg<'
     });
 }
 
-/// A descriptor without a swizzle, which tiles do not make: strides between core matrices along K and along rows.
-fn plain<'k>(
-    k: &'k Builder,
-    tile: crate::Address<'k, u32>,
-    leading: u32,
-    stride: u32,
-) -> crate::Reg<'k, u64> {
-    let low = ((tile.reg() & 0x3_ffff) >> 4) | (leading >> 4) << 16;
-    k.result(instr::MOV_PAIR64, &[low.operand(), Operand::Imm((stride >> 4) as u64, Type::U32)])
-}
-
 /// One test of a shape: two steps along K, the first without what the accumulators held.
 fn check_wgmma(shape: WgmmaShape, swizzle: Swizzle) {
     let (n, depth, steps) = (shape.n as usize, shape.k() as usize, 2);
@@ -176,15 +165,9 @@ fn check_wgmma(shape: WgmmaShape, swizzle: Swizzle) {
         copy_in(k, shared_b, b, b_tile.bytes());
         k.fence_proxy_async();
         k.sync_threads();
-        let descriptor =
-            |tile, layout: &TileLayout, transposed: bool, step: u32| match (layout.swizzle, transposed) {
-                (Swizzle::None, false) => {
-                    plain(k, tile + step * 2 * layout.panel_bytes(), layout.panel_bytes(), 128)
-                }
-                (Swizzle::None, true) => plain(k, tile + step * depth as u32 * 16, 128, layout.panel_bytes()),
-                (_, false) => layout.k_major(tile).step(step),
-                (_, true) => layout.mn_major(tile).step(step),
-            };
+        let descriptor = |tile, layout: &TileLayout, transposed: bool, step: u32| {
+            if transposed { layout.mn_major(tile).step(step) } else { layout.k_major(tile).step(step) }
+        };
         let fragments: Vec<[crate::Reg<'_, B32>; 4]> = (0..steps as u32)
             .map(|step| {
                 let word = |j: u32| (a + ((tid * steps as u32 + step) * 4 + j).to_u64() * 4).address();
