@@ -118,6 +118,9 @@ impl<T: Element> Context<'_, T> {
     }
 }
 
+/// Panels of a tile, at most.
+pub const MAX_PANELS: usize = 64;
+
 /// One tile of queries of one head.
 #[derive(Clone, Copy, Debug)]
 pub struct Task {
@@ -276,8 +279,8 @@ pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: 
         let mut late = Late::default();
         let mut side = 1;
         // A panel's O is written by its first product, so it needs no clearing.
-        let mut started = [false; 64];
-        debug_assert!(panels <= started.len());
+        let mut started = [false; MAX_PANELS];
+        debug_assert!(panels <= MAX_PANELS);
 
         let mut chunk = seen.start / E::FORWARD.chunk * E::FORWARD.chunk;
         while chunk < seen.end {

@@ -43,8 +43,8 @@ pub struct Options {
 const MIN_TASKS: usize = 32;
 /// Tasks of a thread below which tiles of the forward pass are made smaller, for balance.
 const TASKS_PER_THREAD: usize = 4;
-/// Queries of a tile, at most: the tile's Q and O stay in L2 beside a chunk of K and V.
-const MAX_TILE: usize = 480;
+/// Bytes of a tile's Q and O in f32, at most: they stay in L2 beside a chunk of K and V, which is prepared once a tile.
+const MAX_TILE_BYTES: usize = 1 << 20;
 /// Keys of a block of the schedule.
 pub(crate) const TILE_N: usize = 64;
 
@@ -90,7 +90,9 @@ impl Plan {
         let threads = options.threads.unwrap_or_else(rayon::current_num_threads).max(1);
         let longest = (0..problem.batch).map(|b| problem.sequence(b).seqlen_q).max().unwrap_or(0);
         // Tiles of equal length. Their number does not show in results: each row has its own sums.
-        let mut parts = longest.div_ceil(MAX_TILE).max(1);
+        let row_bytes = (problem.head_dim + problem.head_dim_v) * size_of::<f32>();
+        let max_tile = (MAX_TILE_BYTES / row_bytes).clamp(panel, forward::MAX_PANELS * panel);
+        let mut parts = longest.div_ceil(max_tile).max(1);
         let length = |parts: usize| longest.div_ceil(parts).next_multiple_of(panel);
         while length(parts) > panel && tasks(length(parts)) < TASKS_PER_THREAD * threads {
             parts += 1;

@@ -229,7 +229,7 @@ macro_rules! compile_kernels {
                     merge: decode_merge::<T>,
                     workspace: decode::Workspace::new::<$vector>,
                     part_len: decode::part_len::<<$vector as Engine>::S>,
-                    chunk: <$vector>::FORWARD.step,
+                    chunk: decode::CHUNK,
                 },
                 prepare: <$engine>::PREPARE.then_some($crate::arch::Prepare {
                     chunk: prepare::<T>,
