@@ -17,7 +17,7 @@
 //! not depend on the number of threads.
 
 use crate::engine::{Engine, F, Left, Rows, Shape};
-use crate::forward::{Context, Stretches, all_finite, keys_of, narrow, write_transposed};
+use crate::forward::{Context, Stretches, all_finite, fetch_to_write, keys_of, narrow, write_transposed};
 use crate::gemm::Init;
 use crate::memory::{Buffer, Shared};
 use crate::mods::{Scratch, Task as Modify};
@@ -307,6 +307,12 @@ unsafe fn prepare_queries<E: Engine>(
     // SAFETY: rows below seqlen_q exist; buffers hold all panels.
     unsafe {
         for p in 0..seq.seqlen_q.div_ceil(panel::<E>()) {
+            // A panel that sees none of the task's keys is not needed, except for the gradient of a sink.
+            let runs = cx.schedule.row(task.batch, head, p);
+            let mut seen = Stretches::new(runs, cx.schedule.tile_n(), task.keys.clone());
+            if seen.next().is_none() && sink.is_none() {
+                continue;
+            }
             let q0 = p * panel::<E>();
             let rows = (seq.seqlen_q - q0).min(panel::<E>());
             let (q, o, d_o) = (q.skip(q0), o.skip(q0), d_o.skip(q0));
@@ -753,6 +759,9 @@ unsafe fn write_dq<E: Engine>(
     }
 }
 
+/// Rows of dK and dV that are asked for before they are written.
+const WRITE_AHEAD: usize = 8;
+
 /// Writes dK or dV of a task.
 ///
 /// # Safety
@@ -772,6 +781,7 @@ unsafe fn write_rows<E: Engine>(
         let start = seq.batch * strides[0] + row * strides[1] + task.kv_head * strides[2];
         // SAFETY: the key exists; `pack` holds a row.
         unsafe {
+            fetch_to_write::<E>(dst.get().wrapping_add(start + WRITE_AHEAD * strides[1]), dim);
             for c in 0..dim {
                 *pack.add(c) = *rows.add(E::rows_at(dim, key, c)) * scale;
             }

@@ -46,7 +46,7 @@ const TASKS_PER_THREAD: usize = 4;
 /// Bytes of a tile's Q and O in f32, at most: they stay in L2 beside a chunk of K and V, which is prepared once a tile.
 const MAX_TILE_BYTES: usize = 1 << 20;
 /// Keys of a block of the schedule.
-pub(crate) const TILE_N: usize = 64;
+pub(crate) const TILE_N: usize = 32;
 
 /// A problem made ready: schedules and programs are made once, `forward` and `backward` run many times.
 pub struct Plan {

@@ -51,6 +51,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_bf16_pair(p: *const half::bf16) -> [Self::F; 2];
     /// Asks for the cache line at `p`, any address, to be brought near.
     unsafe fn prefetch(_p: *const f32) {}
+    /// The same, to be written.
+    unsafe fn prefetch_write(_p: *const f32) {}
     /// [`crate::gemm::product`], compiled for this instruction set once and for all callers.
     unsafe fn product(
         rows: usize,
