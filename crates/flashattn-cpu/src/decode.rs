@@ -12,7 +12,7 @@ use crate::memory::{Buffer, Shared};
 use crate::mods::Scratch;
 use crate::simd::Simd;
 use flashattn_spec::blocks::{BlockKind, Run};
-use flashattn_spec::{AttentionProblem, DType, Element, Sequence};
+use flashattn_spec::{AttentionProblem, DType, Element, Inputs, Sequence};
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
@@ -29,13 +29,13 @@ const AHEAD: usize = 3072;
 const TASKS: usize = 64;
 const MIN_KEYS: usize = 512;
 
-/// A range of keys for all query heads of one KV head.
+/// A range of keys for all query heads of some KV heads.
 #[derive(Clone, Debug)]
 pub struct Task {
     /// Sequence.
     pub batch: usize,
-    /// KV head.
-    pub kv_head: usize,
+    /// KV heads.
+    pub kv_heads: Range<usize>,
     /// Keys.
     pub keys: Range<usize>,
 }
@@ -45,24 +45,35 @@ pub fn suits(problem: &AttentionProblem) -> bool {
     problem.seqlen_q <= MAX_QUERIES
 }
 
-/// All tasks; those of one KV head follow one another.
-pub fn tasks(problem: &AttentionProblem, chunk: usize) -> Vec<Task> {
-    let heads = (problem.batch * problem.heads_kv).max(1);
+/// How many KV heads a task takes: where the heads of a key lie side by side they are done together, a chunk of keys
+/// after the other, so that memory is read in order; as many as leave the chunk in L2.
+pub fn heads_together<T: Element>(problem: &AttentionProblem, inputs: &Inputs<'_, T>) -> usize {
+    let apart = [&inputs.k, &inputs.v].iter().any(|x| x.strides()[2] > x.strides()[1]);
+    let bytes = CHUNK * (problem.head_dim + problem.head_dim_v) * size_of::<T>();
+    if apart { 1 } else { ((1 << 20) / bytes).clamp(1, problem.heads_kv.max(1)) }
+}
+
+/// All tasks; those of the same KV heads follow one another.
+pub fn tasks(problem: &AttentionProblem, together: usize) -> Vec<Task> {
+    let units = (problem.batch * problem.heads_kv.div_ceil(together)).max(1);
+    let least = (MIN_KEYS / together).max(CHUNK);
     let mut tasks = Vec::new();
     for batch in 0..problem.batch {
         let n = problem.sequence(batch).seqlen_k;
-        let parts = TASKS.div_ceil(heads).min(n / MIN_KEYS).max(1);
-        let keys = n.div_ceil(parts).next_multiple_of(chunk).max(chunk);
-        for kv_head in 0..problem.heads_kv {
+        let parts = TASKS.div_ceil(units).min(n / least).max(1);
+        let keys = n.div_ceil(parts).next_multiple_of(CHUNK).max(CHUNK);
+        for first in (0..problem.heads_kv).step_by(together) {
+            let kv_heads = first..(first + together).min(problem.heads_kv);
             for start in (0..n.max(1)).step_by(keys) {
-                tasks.push(Task { batch, kv_head, keys: start..(start + keys).min(n) });
+                tasks.push(Task { batch, kv_heads: kv_heads.clone(), keys: start..(start + keys).min(n) });
             }
         }
     }
     tasks
 }
 
-/// f32 slots of a task's result: for each row (head of the group, query) the maximum (base 2), the sum, and O.
+/// f32 slots of a task's result for one KV head: for each row (head of the group, query) the maximum (base 2), the
+/// sum, and O.
 pub fn part_len<S: Simd>(problem: &AttentionProblem) -> usize {
     problem.group() * problem.seqlen_q * (2 + round_up(problem.head_dim_v, S::LANES))
 }
@@ -90,10 +101,10 @@ struct Stats {
 impl Workspace {
     /// Scratch for a problem.
     pub fn new<E: Engine>(problem: &AttentionProblem) -> Self {
-        let (l, rows) = (E::S::LANES, problem.group() * problem.seqlen_q);
+        let (l, rows) = (E::S::LANES, problem.heads_q * problem.seqlen_q);
         Workspace {
             q: Buffer::new(rows * round_up(problem.head_dim, l)),
-            s: Buffer::new(rows * CHUNK),
+            s: Buffer::new(problem.group() * problem.seqlen_q * CHUNK),
             strip: Buffer::new((CHUNK + E::ROW_MULTIPLE) * l),
             block: Buffer::new(ROWS * l * l),
             stats: vec![Stats { max: f32::NEG_INFINITY, sum: 0.0 }; rows],
@@ -102,11 +113,11 @@ impl Workspace {
     }
 }
 
-/// Does one task and leaves its part at `part`.
+/// Does one task and leaves its parts at `part`, one for each KV head.
 ///
 /// # Safety
-/// The CPU has E's instructions; `cx` passed validation; `part` holds [`part_len`] f32 that no other thread touches;
-/// `ws` was made for the problem.
+/// The CPU has E's instructions; `cx` passed validation; `part` holds a [`part_len`] for each KV head of the task, and
+/// no other thread touches it; `ws` was made for the problem.
 #[inline(always)]
 pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f32, ws: &mut Workspace) {
     let l = E::S::LANES;
@@ -115,13 +126,13 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
     let row_len = 2 + round_up(problem.head_dim_v, l);
     let seq = problem.sequence(task.batch);
     let (group, nq) = (problem.group(), seq.seqlen_q);
-    let k = Rows::of(&cx.inputs.k, seq.batch, seq.kv_row, task.kv_head);
-    let v = Rows::of(&cx.inputs.v, seq.batch, seq.kv_row, task.kv_head);
+    let heads = task.kv_heads.start * group..task.kv_heads.end * group;
+    let rows = heads.len() * nq;
     let negate = if cx.negate() { -1.0 } else { 1.0 };
     // SAFETY: rows and keys stay inside the sequence, buffers have the sizes of `Workspace::new`.
     unsafe {
-        for r in 0..group * nq {
-            let q = Rows::of(&cx.inputs.q, seq.batch, seq.q_row + r % nq, task.kv_head * group + r / nq);
+        for r in 0..rows {
+            let q = Rows::of(&cx.inputs.q, seq.batch, seq.q_row + r % nq, heads.start + r / nq);
             let dim = cx.query_rows(d);
             for c in 0..width {
                 let x = if c < dim { (*q.ptr.add(c)).to_f32() * negate } else { 0.0 };
@@ -129,32 +140,43 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
             }
             ws.stats[r] = Stats { max: f32::NEG_INFINITY, sum: 0.0 };
         }
-        std::ptr::write_bytes(part, 0, group * nq * row_len);
-        let end = task.keys.end;
-        for key in task.keys.start..(task.keys.start + ahead(v)).min(end) {
-            fetch::<E>(v.skip(key));
-        }
+        // Parts are `seqlen_q` rows a head, also where a packed sequence has fewer.
+        std::ptr::write_bytes(part, 0, task.kv_heads.len() * part_len::<E::S>(problem));
         for start in task.keys.clone().step_by(CHUNK) {
-            let chunk = start..(start + CHUNK).min(end);
-            let mut g = 0;
-            while g < group {
-                // Heads that the mask cannot tell apart have the same runs: they are done together.
-                let runs = cx.schedule.row(task.batch, task.kv_head * group + g, 0);
-                let first = g;
-                while g < group
-                    && std::ptr::eq(runs, cx.schedule.row(task.batch, task.kv_head * group + g, 0))
-                {
-                    g += 1;
+            let chunk = start..(start + CHUNK).min(task.keys.end);
+            for kv_head in task.kv_heads.clone() {
+                let k = Rows::of(&cx.inputs.k, seq.batch, seq.kv_row, kv_head);
+                let v = Rows::of(&cx.inputs.v, seq.batch, seq.kv_row, kv_head);
+                if start == task.keys.start {
+                    for key in start..(start + ahead(v)).min(task.keys.end) {
+                        fetch::<E>(v.skip(key));
+                    }
                 }
-                for (keys, runs) in Stretches::new(runs, cx.schedule.tile_n(), chunk.clone()) {
-                    let at = Stretch { seq, task, heads: first..g, keys, runs };
-                    stretch::<E>(cx, &at, k, v, part, ws);
+                let at = kv_head - task.kv_heads.start;
+                let part = part.add(at * part_len::<E::S>(problem));
+                let mut head = kv_head * group;
+                while head < (kv_head + 1) * group {
+                    // Heads that the mask cannot tell apart have the same runs: they are done together.
+                    let runs = cx.schedule.row(task.batch, head, 0);
+                    let first = head;
+                    while head < (kv_head + 1) * group
+                        && std::ptr::eq(runs, cx.schedule.row(task.batch, head, 0))
+                    {
+                        head += 1;
+                    }
+                    for (keys, runs) in Stretches::new(runs, cx.schedule.tile_n(), chunk.clone()) {
+                        let base = at * group * nq;
+                        let at = Stretch { seq, task, kv_head, base, heads: first..head, keys, runs };
+                        stretch::<E>(cx, &at, k, v, part, ws);
+                    }
                 }
             }
         }
-        for (r, stats) in ws.stats.iter().enumerate().take(group * nq) {
-            *part.add(r * row_len) = stats.max;
-            *part.add(r * row_len + 1) = stats.sum;
+        for (r, stats) in ws.stats.iter().enumerate().take(rows) {
+            let (head, row) = (r / (group * nq), r % (group * nq));
+            let row = part.add(head * part_len::<E::S>(problem) + row * row_len);
+            *row = stats.max;
+            *row.add(1) = stats.sum;
         }
     }
 }
@@ -163,6 +185,10 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
 struct Stretch<'r> {
     seq: Sequence,
     task: &'r Task,
+    kv_head: usize,
+    /// The KV head's first row in the task.
+    base: usize,
+    /// Query heads.
     heads: Range<usize>,
     keys: Range<usize>,
     runs: &'r [Run],
@@ -191,13 +217,15 @@ unsafe fn stretch<E: Engine>(
     let last = at.task.keys.end - 1 - at.keys.start;
     let (k_ahead, v_ahead) = (Ahead { rows: ahead(k), last }, Ahead { rows: ahead(v), last });
     let (k, v_rows) = (k.skip(at.keys.start), v.skip(at.keys.start));
-    let rows = at.heads.start * nq..at.heads.end * nq;
+    // Rows of the KV head.
+    let first_head = at.kv_head * cx.problem.group();
+    let rows = (at.heads.start - first_head) * nq..(at.heads.end - first_head) * nq;
     let partial = at.runs.iter().any(|r| r.kind == BlockKind::Partial);
     let modified = cx.program.has_score_mod() || partial;
     let factor = if cx.program.has_score_mod() { LOG2_E } else { cx.scale() * LOG2_E };
     // SAFETY: as the caller; a row has CHUNK scores.
     unsafe {
-        let (q, s) = (ws.q.ptr(), ws.s.ptr());
+        let (q, s) = (ws.q.ptr().add(at.base * width), ws.s.ptr());
         let mut r = rows.start;
         while r < rows.end {
             let (q, s, block) = (q.add(r * width), s.add(r * CHUNK), ws.block.ptr());
@@ -212,8 +240,8 @@ unsafe fn stretch<E: Engine>(
             r += most;
         }
         let careful = partial && !all_finite::<E::S, E::T>(v_rows, n);
-        for g in at.heads.clone() {
-            let head = at.task.kv_head * cx.problem.group() + g;
+        for head in at.heads.clone() {
+            let g = head - first_head;
             let tile = Tile { batch: at.task.batch, head, q0: 0, rows: nq };
             let (s, strip) = (s.add(g * nq * CHUNK), ws.strip.ptr());
             if modified {
@@ -238,7 +266,7 @@ unsafe fn stretch<E: Engine>(
             }
             for i in 0..nq {
                 let (r, s) = (g * nq + i, s.add(i * CHUNK));
-                let shrink = softmax::<E>(s, n, factor, &mut ws.stats[r]);
+                let shrink = softmax::<E>(s, n, factor, &mut ws.stats[at.base + r]);
                 let o = part.add(r * row_len + 2);
                 if shrink != 1.0 {
                     for c in (0..row_len - 2).step_by(l) {
@@ -551,7 +579,18 @@ unsafe fn careful_output<E: Engine>(
     }
 }
 
-/// Merges the `count` parts of a KV head, which start at `parts`, and writes o and lse of its query heads.
+/// Parts of one KV head: `count`, `stride` f32 apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts {
+    /// The first.
+    pub first: Shared<f32>,
+    /// See [`Parts`].
+    pub stride: usize,
+    /// See [`Parts`].
+    pub count: usize,
+}
+
+/// Merges the parts of a KV head and writes o and lse of its query heads.
 ///
 /// # Safety
 /// As [`task`]; no other thread writes these rows.
@@ -559,31 +598,31 @@ unsafe fn careful_output<E: Engine>(
 pub unsafe fn merge<E: Engine>(
     cx: &Context<'_, E::T>,
     out: &Target<E::T>,
-    first: &Task,
-    parts: Shared<f32>,
-    count: usize,
+    batch: usize,
+    kv_head: usize,
+    parts: Parts,
 ) {
     let problem = cx.problem;
-    let seq = problem.sequence(first.batch);
+    let seq = problem.sequence(batch);
     let dv = problem.head_dim_v;
-    let len = part_len::<E::S>(problem);
-    let row_len = len / (problem.group() * problem.seqlen_q).max(1);
+    let Parts { first, stride, count } = parts;
+    let row_len = 2 + round_up(dv, E::S::LANES);
     let mut o = vec![0.0f32; dv];
     for g in 0..problem.group() {
-        let head = first.kv_head * problem.group() + g;
+        let head = kv_head * problem.group() + g;
         let lse = problem.lse_start(&seq, head);
         for i in 0..seq.seqlen_q {
             // SAFETY: every part has this row.
             unsafe {
-                let at = parts.get().add((g * seq.seqlen_q + i) * row_len);
+                let at = first.get().add((g * seq.seqlen_q + i) * row_len);
                 let mut max = f32::NEG_INFINITY;
                 for part in 0..count {
-                    max = max.max(*at.add(part * len));
+                    max = max.max(*at.add(part * stride));
                 }
                 let mut sum = 0.0;
                 o.fill(0.0);
                 for part in 0..count {
-                    let at = at.add(part * len);
+                    let at = at.add(part * stride);
                     // An empty part's (max, sum) is (−∞, 0).
                     let factor = if *at == f32::NEG_INFINITY { 0.0 } else { (*at - max).exp2() };
                     // A part that saw only −∞ adds nothing, NaN or not.

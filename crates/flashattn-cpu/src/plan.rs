@@ -200,31 +200,37 @@ impl Plan {
         cx: &forward::Context<'_, T>,
         target: &forward::Target<T>,
     ) {
-        let tasks = decode::tasks(&self.problem, kernels.chunk);
+        let together = decode::heads_together(&self.problem, &cx.inputs);
+        let tasks = decode::tasks(&self.problem, together);
         let len = (kernels.part_len)(&self.problem);
-        let mut memory = self.o_parts.take(|| Buffer::new(tasks.len() * len));
-        let parts = Shared(memory.ptr());
+        let mut memory = self.o_parts.take(|| Buffer::new(tasks.len() * together * len));
+        let start = Shared(memory.ptr());
+        let part = |i: usize| Shared(start.get().wrapping_add(i * together * len));
         let workspace = || (kernels.workspace)(&self.problem);
         run_tasks(self.threads, tasks.len(), &self.decode_scratch, workspace, |ws, i| {
             // SAFETY: the kernels are for an ISA of this CPU; tensors were checked against the problem; each task
-            // has a part of its own.
-            unsafe { (kernels.task)(cx, &tasks[i], parts.get().add(i * len), ws) }
+            // has parts of its own.
+            unsafe { (kernels.task)(cx, &tasks[i], part(i).get(), ws) }
         });
-        let first = |i: &usize| {
-            tasks[*i].keys.start == 0 // Tasks of a KV head follow one another.
-        };
-        let firsts: Vec<usize> = (0..tasks.len()).filter(first).collect();
+        let mut merges = Vec::new();
+        for (i, task) in tasks.iter().enumerate().filter(|(_, task)| task.keys.start == 0) {
+            let same = |t: &&decode::Task| (t.batch, &t.kv_heads) == (task.batch, &task.kv_heads);
+            let count = tasks[i..].iter().take_while(same).count();
+            for (h, kv_head) in task.kv_heads.clone().enumerate() {
+                let first = Shared(part(i).get().wrapping_add(h * len));
+                let parts = decode::Parts { first, stride: together * len, count };
+                merges.push((task.batch, kv_head, parts));
+            }
+        }
         run_tasks(
             self.threads,
-            firsts.len(),
+            merges.len(),
             &Pool::default(),
             || (),
             |(), i| {
-                let (from, to) = (firsts[i], firsts.get(i + 1).copied().unwrap_or(tasks.len()));
+                let (batch, kv_head, parts) = merges[i];
                 // SAFETY: as above; all tasks have ended, and rows of a KV head are merged once.
-                unsafe {
-                    (kernels.merge)(cx, target, &tasks[from], Shared(parts.get().add(from * len)), to - from)
-                }
+                unsafe { (kernels.merge)(cx, target, batch, kv_head, parts) }
             },
         );
         self.o_parts.put(memory);
