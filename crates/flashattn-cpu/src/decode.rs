@@ -72,10 +72,17 @@ pub fn tasks(problem: &AttentionProblem, together: usize) -> Vec<Task> {
     tasks
 }
 
-/// f32 slots of a task's result for one KV head: for each row (head of the group, query) the maximum (base 2), the
-/// sum, and O.
-pub fn part_len<S: Simd>(problem: &AttentionProblem) -> usize {
-    problem.group() * problem.seqlen_q * (2 + round_up(problem.head_dim_v, S::LANES))
+/// f32 slots of a task's result for one KV head: its rows, each (head of the group, query).
+pub fn part_len(problem: &AttentionProblem) -> usize {
+    problem.group() * problem.seqlen_q * row_len(problem.head_dim_v)
+}
+
+/// Where O starts in a row of a part; before it, the maximum so far (base 2) and the sum of 2^(score − maximum). Rows are
+/// whole pairs of cache lines: threads that write to the same pair wait for each other (a tenth of the time, f32).
+const HEAD: usize = 16;
+
+fn row_len(dim: usize) -> usize {
+    round_up(HEAD + dim, 32)
 }
 
 /// Scratch of one thread. A *row* is one query of one of the group's heads.
@@ -87,15 +94,7 @@ pub struct Workspace {
     strip: Buffer,
     /// Products to be summed across lanes: for each of ROWS rows, a vector for each of LANES keys.
     block: Buffer,
-    stats: Vec<Stats>,
     mods: Scratch,
-}
-
-/// A row's maximum so far (base 2), and its sum of 2^(score − maximum).
-#[derive(Clone, Copy, Debug)]
-struct Stats {
-    max: f32,
-    sum: f32,
 }
 
 impl Workspace {
@@ -107,7 +106,6 @@ impl Workspace {
             s: Buffer::new(problem.group() * problem.seqlen_q * CHUNK),
             strip: Buffer::new((CHUNK + E::ROW_MULTIPLE) * l),
             block: Buffer::new(ROWS * l * l),
-            stats: vec![Stats { max: f32::NEG_INFINITY, sum: 0.0 }; rows],
             mods: Scratch::default(),
         }
     }
@@ -123,7 +121,7 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
     let l = E::S::LANES;
     let problem = cx.problem;
     let (d, width) = (problem.head_dim, round_up(problem.head_dim, l));
-    let row_len = 2 + round_up(problem.head_dim_v, l);
+    let (part_len, row_len) = (part_len(problem), row_len(problem.head_dim_v));
     let seq = problem.sequence(task.batch);
     let (group, nq) = (problem.group(), seq.seqlen_q);
     let heads = task.kv_heads.start * group..task.kv_heads.end * group;
@@ -138,10 +136,12 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
                 let x = if c < dim { (*q.ptr.add(c)).to_f32() * negate } else { 0.0 };
                 *ws.q.ptr().add(r * width + place::<E>(c, d)) = x;
             }
-            ws.stats[r] = Stats { max: f32::NEG_INFINITY, sum: 0.0 };
         }
         // Parts are `seqlen_q` rows a head, also where a packed sequence has fewer.
-        std::ptr::write_bytes(part, 0, task.kv_heads.len() * part_len::<E::S>(problem));
+        std::ptr::write_bytes(part, 0, task.kv_heads.len() * part_len);
+        for r in 0..rows {
+            *part.add(r / (group * nq) * part_len + r % (group * nq) * row_len) = f32::NEG_INFINITY;
+        }
         for start in task.keys.clone().step_by(CHUNK) {
             let chunk = start..(start + CHUNK).min(task.keys.end);
             for kv_head in task.kv_heads.clone() {
@@ -153,7 +153,7 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
                     }
                 }
                 let at = kv_head - task.kv_heads.start;
-                let part = part.add(at * part_len::<E::S>(problem));
+                let part = part.add(at * part_len);
                 let mut head = kv_head * group;
                 while head < (kv_head + 1) * group {
                     // Heads that the mask cannot tell apart have the same runs: they are done together.
@@ -171,12 +171,6 @@ pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f3
                     }
                 }
             }
-        }
-        for (r, stats) in ws.stats.iter().enumerate().take(rows) {
-            let (head, row) = (r / (group * nq), r % (group * nq));
-            let row = part.add(head * part_len::<E::S>(problem) + row * row_len);
-            *row = stats.max;
-            *row.add(1) = stats.sum;
         }
     }
 }
@@ -209,7 +203,7 @@ unsafe fn stretch<E: Engine>(
 ) {
     let l = E::S::LANES;
     let nq = at.seq.seqlen_q;
-    let (width, row_len) = (round_up(k.dim, l), 2 + round_up(v.dim, l));
+    let (width, row_len) = (round_up(k.dim, l), row_len(v.dim));
     let n = at.keys.len();
     // Half as wide vectors come with half as many registers.
     let most = if l == 16 { ROWS } else { ROWS / 2 };
@@ -265,11 +259,11 @@ unsafe fn stretch<E: Engine>(
                 E::S::drop_out(dropper, &strip, keep);
             }
             for i in 0..nq {
-                let (r, s) = (g * nq + i, s.add(i * CHUNK));
-                let shrink = softmax::<E>(s, n, factor, &mut ws.stats[at.base + r]);
-                let o = part.add(r * row_len + 2);
+                let (row, s) = (part.add((g * nq + i) * row_len), s.add(i * CHUNK));
+                let shrink = softmax::<E>(s, n, factor, row);
+                let o = row.add(HEAD);
                 if shrink != 1.0 {
-                    for c in (0..row_len - 2).step_by(l) {
+                    for c in (0..v.dim).step_by(l) {
                         E::S::store(o.add(c), E::S::mul(E::S::load(o.add(c)), E::S::splat(shrink)));
                     }
                 }
@@ -285,7 +279,7 @@ unsafe fn stretch<E: Engine>(
         }
         let mut r = rows.start;
         while r < rows.end && !careful {
-            let (s, o) = (s.add(r * CHUNK), part.add(r * row_len + 2));
+            let (s, o) = (s.add(r * CHUNK), part.add(r * row_len + HEAD));
             let ahead = if r == 0 { v_ahead } else { Ahead::default() };
             match (rows.end - r).min(most) {
                 1 => output::<E, 1>(v_rows, n, s, o, row_len, ahead),
@@ -433,13 +427,13 @@ unsafe fn products<E: Engine, const R: usize, const K: usize>(k: Rows<E::T>, q: 
     }
 }
 
-/// One step of online softmax over a row's `n` scores, which become probabilities: returns the factor for what has
-/// been added up so far.
+/// One step of online softmax over a row's `n` scores, which become probabilities: updates the statistics at the row's
+/// start and returns the factor for what has been added up so far.
 ///
 /// # Safety
-/// `s` holds whole vectors; those beyond `n` are −∞.
+/// `s` holds whole vectors; what follows the `n` scores is −∞. `row` is a part's.
 #[inline(always)]
-unsafe fn softmax<E: Engine>(s: *mut f32, n: usize, factor: f32, stats: &mut Stats) -> f32 {
+unsafe fn softmax<E: Engine>(s: *mut f32, n: usize, factor: f32, row: *mut f32) -> f32 {
     let l = E::S::LANES;
     // SAFETY: the caller's.
     unsafe {
@@ -454,10 +448,11 @@ unsafe fn softmax<E: Engine>(s: *mut f32, n: usize, factor: f32, stats: &mut Sta
                 lanes[i] = lanes[i].max(lanes[i + half]);
             }
         }
-        let new = stats.max.max(lanes[0] * factor);
+        let old = *row;
+        let new = old.max(lanes[0] * factor);
         // Before anything is visible the maximum is −∞; 0 in its place keeps exp2(−∞ − m) at 0, not NaN.
         let reference = if new == f32::NEG_INFINITY { 0.0 } else { new };
-        let shrink = if new == stats.max { 1.0 } else { (stats.max - reference).exp2() };
+        let shrink = if new == old { 1.0 } else { (old - reference).exp2() };
         let (factor, minus) = (E::S::splat(factor), E::S::splat(-reference));
         let mut sum = E::S::splat(0.0);
         for i in (0..n).step_by(l) {
@@ -465,7 +460,8 @@ unsafe fn softmax<E: Engine>(s: *mut f32, n: usize, factor: f32, stats: &mut Sta
             E::S::store(s.add(i), p);
             sum = E::S::add(sum, p);
         }
-        *stats = Stats { max: new, sum: stats.sum * shrink + E::S::sum(sum) };
+        *row = new;
+        *row.add(1) = *row.add(1) * shrink + E::S::sum(sum);
         shrink
     }
 }
@@ -606,7 +602,7 @@ pub unsafe fn merge<E: Engine>(
     let seq = problem.sequence(batch);
     let dv = problem.head_dim_v;
     let Parts { first, stride, count } = parts;
-    let row_len = 2 + round_up(dv, E::S::LANES);
+    let row_len = row_len(dv);
     let mut o = vec![0.0f32; dv];
     for g in 0..problem.group() {
         let head = kv_head * problem.group() + g;
@@ -631,7 +627,7 @@ pub unsafe fn merge<E: Engine>(
                     }
                     sum += *at.add(1) * factor;
                     for (c, o) in o.iter_mut().enumerate() {
-                        *o += *at.add(2 + place::<E>(c, dv)) * factor;
+                        *o += *at.add(HEAD + place::<E>(c, dv)) * factor;
                     }
                 }
                 let (shrink, max, sum) = match cx.inputs.sinks {

@@ -202,7 +202,7 @@ impl Plan {
     ) {
         let together = decode::heads_together(&self.problem, &cx.inputs);
         let tasks = decode::tasks(&self.problem, together);
-        let len = (kernels.part_len)(&self.problem);
+        let len = decode::part_len(&self.problem);
         let mut memory = self.o_parts.take(|| Buffer::new(tasks.len() * together * len));
         let start = Shared(memory.ptr());
         let part = |i: usize| Shared(start.get().wrapping_add(i * together * len));

@@ -146,8 +146,6 @@ pub struct Decode<T: 'static> {
     pub merge: unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, usize, usize, decode::Parts),
     /// [`decode::Workspace::new`].
     pub workspace: fn(&AttentionProblem) -> decode::Workspace,
-    /// [`decode::part_len`].
-    pub part_len: fn(&AttentionProblem) -> usize,
 }
 
 /// Makes `fn kernels<T>() -> Kernels<T>` for an engine, each kernel compiled with the given features.
@@ -225,7 +223,6 @@ macro_rules! compile_kernels {
                     task: decode_task::<T>,
                     merge: decode_merge::<T>,
                     workspace: decode::Workspace::new::<$vector>,
-                    part_len: decode::part_len::<<$vector as Engine>::S>,
                 },
                 prepare: <$engine>::PREPARE.then_some($crate::arch::Prepare {
                     chunk: prepare::<T>,
