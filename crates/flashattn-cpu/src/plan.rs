@@ -203,7 +203,12 @@ impl Plan {
         let together = decode::heads_together(&self.problem, &cx.inputs);
         let tasks = decode::tasks(&self.problem, together);
         let len = decode::part_len(&self.problem);
-        let mut memory = self.o_parts.take(|| Buffer::new(tasks.len() * together * len));
+        let total = tasks.len() * together * len;
+        let mut memory = self.o_parts.take(|| Buffer::new(total));
+        if memory.len() < total {
+            // The tasks depend on how the tensors lie, which may differ from call to call.
+            memory = Buffer::new(total);
+        }
         let start = Shared(memory.ptr());
         let part = |i: usize| Shared(start.get().wrapping_add(i * together * len));
         let workspace = || (kernels.workspace)(&self.problem);
