@@ -17,7 +17,7 @@
 //! not depend on the number of threads.
 
 use crate::engine::{Engine, F, Left, Rows, Shape};
-use crate::forward::{Context, Stretches, all_finite, keys_of, narrow, write_transposed};
+use crate::forward::{Context, Stretches, all_finite, fetch_to_write, keys_of, narrow, write_transposed};
 use crate::gemm::Init;
 use crate::memory::{Buffer, Shared};
 use crate::mods::{Scratch, Task as Modify};
@@ -92,10 +92,10 @@ pub fn dq_len<E: Engine>(problem: &AttentionProblem, seqlen_q: usize) -> usize {
     seqlen_q.div_ceil(panel::<E>()) * panel::<E>() * E::o_rows(problem.head_dim)
 }
 
-/// Keys of a block: as many as leave K, V, Kᵀ, dK and dV in about 3/4 MiB of L2.
+/// Keys of a block: as many as leave K, V, Kᵀ, dK and dV in about 1 1/2 MiB of L2.
 fn block_keys<E: Engine>(problem: &AttentionProblem) -> usize {
     let bytes = (problem.head_dim + problem.head_dim_v) * (4 + 2 * size_of::<E::T>());
-    (768 * 1024 / bytes / E::BACKWARD.chunk).clamp(1, 8) * E::BACKWARD.chunk
+    (1536 * 1024 / bytes / E::BACKWARD.chunk).clamp(1, 8) * E::BACKWARD.chunk
 }
 
 /// Scratch of one thread.
@@ -105,8 +105,8 @@ pub struct Workspace {
     d_o: Buffer,
     q_right: Buffer,
     do_right: Buffer,
-    /// lse in base 2, and D.
-    lse: Buffer,
+    /// −lse in base 2, and D.
+    minus_lse: Buffer,
     delta: Buffer,
     finite: Vec<bool>,
     dq: Buffer,
@@ -143,7 +143,7 @@ impl Workspace {
             d_o: Buffer::new(panels * E::q_len(dv, vectors)),
             q_right: Buffer::new(panels * E::right_len(d, vectors)),
             do_right: Buffer::new(panels * E::right_len(dv, vectors)),
-            lse: Buffer::new(panels * panel::<E>()),
+            minus_lse: Buffer::new(panels * panel::<E>()),
             delta: Buffer::new(panels * panel::<E>()),
             finite: vec![true; panels],
             dq: Buffer::new(if split { 0 } else { dq_len::<E>(problem, problem.seqlen_q) }),
@@ -307,6 +307,12 @@ unsafe fn prepare_queries<E: Engine>(
     // SAFETY: rows below seqlen_q exist; buffers hold all panels.
     unsafe {
         for p in 0..seq.seqlen_q.div_ceil(panel::<E>()) {
+            // A panel that sees none of the task's keys is not needed, except for the gradient of a sink.
+            let runs = cx.schedule.row(task.batch, head, p);
+            let mut seen = Stretches::new(runs, cx.schedule.tile_n(), task.keys.clone());
+            if seen.next().is_none() && sink.is_none() {
+                continue;
+            }
             let q0 = p * panel::<E>();
             let rows = (seq.seqlen_q - q0).min(panel::<E>());
             let (q, o, d_o) = (q.skip(q0), o.skip(q0), d_o.skip(q0));
@@ -316,16 +322,17 @@ unsafe fn prepare_queries<E: Engine>(
             E::pack_q(d_o, rows, vectors, false, ws.d_o.ptr().add(p * E::q_len(dv, vectors)), pack);
             E::pack_right(q, rows, vectors, ws.q_right.ptr().add(p * E::right_len(d, vectors)));
             E::pack_right(d_o, rows, vectors, ws.do_right.ptr().add(p * E::right_len(dv, vectors)));
-            let mut finite = all_finite::<E::S, E::T>(q, rows) && all_finite::<E::S, E::T>(d_o, rows);
+            let mut finite = !cx.program.has_mask()
+                || all_finite::<E::S, E::T>(q, rows) && all_finite::<E::S, E::T>(d_o, rows);
             for i in 0..panel::<E>() {
-                let (mut lse2, mut delta) = (f32::INFINITY, 0.0);
+                let (mut minus_lse, mut delta) = (f32::NEG_INFINITY, 0.0);
                 if i < rows {
                     let at = lse_start + q0 + i;
                     let lse = given.grads.lse[at];
                     let dot = dot::<E::S, E::T>(o.skip(i), d_o.skip(i));
                     delta = dot - given.grads.d_lse.map_or(0.0, |x| x[at]);
                     // exp2(s − ∞) = 0: a row that sees nothing has no gradient.
-                    lse2 = if lse == f32::NEG_INFINITY { f32::INFINITY } else { lse * LOG2_E };
+                    minus_lse = if lse == f32::NEG_INFINITY { lse } else { lse * -LOG2_E };
                     if let Some(sink) = sink
                         && lse != f32::NEG_INFINITY
                     {
@@ -336,7 +343,7 @@ unsafe fn prepare_queries<E: Engine>(
                     }
                     finite &= delta.is_finite();
                 }
-                *ws.lse.ptr().add(q0 + i) = lse2;
+                *ws.minus_lse.ptr().add(q0 + i) = minus_lse;
                 *ws.delta.ptr().add(q0 + i) = delta;
             }
             ws.finite[p] = finite;
@@ -409,7 +416,7 @@ unsafe fn fast_step<E: Engine>(
                     q0: at.q0 + v * l,
                     s: s.add(v * step * l),
                     dp: dp.add(v * step * l),
-                    lse: ws.lse.ptr().add(at.q0 + v * l),
+                    minus_lse: ws.minus_lse.ptr().add(at.q0 + v * l),
                     delta: ws.delta.ptr().add(at.q0 + v * l),
                     scale: if modified { LOG2_E } else { cx.scale() * LOG2_E },
                 };
@@ -442,7 +449,7 @@ struct Strips<'a> {
     q0: usize,
     s: *mut f32,
     dp: *mut f32,
-    lse: *const f32,
+    minus_lse: *const f32,
     delta: *const f32,
     /// From score to exponent of 2.
     scale: f32,
@@ -504,9 +511,9 @@ impl Strips<'_> {
                 E::S::drop_out(dropper, &here, keep);
             }
             if cx.program.has_table_grads() {
-                let (lse, delta) = (E::S::load(self.lse), E::S::load(self.delta));
+                let (minus_lse, delta) = (E::S::load(self.minus_lse), E::S::load(self.delta));
                 for i in (0..n).step_by(l) {
-                    let p = probability::<E>(E::S::load(self.s.add(i)), self.scale, lse);
+                    let p = probability::<E>(E::S::load(self.s.add(i)), self.scale, minus_lse);
                     let mut dp = E::S::load(self.dp.add(i));
                     if cx.dropper.is_some() {
                         dp = E::S::mul(dp, E::S::load(keep.add(i)));
@@ -556,14 +563,14 @@ impl Strips<'_> {
         let rows = self.keys.len().next_multiple_of(E::ROW_MULTIPLE);
         // SAFETY: the caller's sizes.
         unsafe {
-            let (lse, delta) = (E::S::load(self.lse), E::S::load(self.delta));
+            let (minus_lse, delta) = (E::S::load(self.minus_lse), E::S::load(self.delta));
             let mut r = 0;
             while r < rows {
                 let mut p = [E::S::splat(0.0); 2];
                 let mut ds = [E::S::splat(0.0); 2];
                 for i in 0..2 {
                     let at = (r + i) * l;
-                    p[i] = probability::<E>(E::S::load(self.s.add(at)), self.scale, lse);
+                    p[i] = probability::<E>(E::S::load(self.s.add(at)), self.scale, minus_lse);
                     let mut dp = E::S::load(self.dp.add(at));
                     if DROP {
                         dp = E::S::mul(dp, E::S::load(keep.add(at)));
@@ -593,9 +600,9 @@ impl Strips<'_> {
 /// # Safety
 /// The CPU has E's instructions.
 #[inline(always)]
-unsafe fn probability<E: Engine>(s: F<E>, scale: f32, lse: F<E>) -> F<E> {
+unsafe fn probability<E: Engine>(s: F<E>, scale: f32, minus_lse: F<E>) -> F<E> {
     // SAFETY: the caller's.
-    unsafe { E::exp2(E::S::sub(E::S::mul(s, E::S::splat(scale)), lse)) }
+    unsafe { E::exp2(E::S::fma(s, E::S::splat(scale), minus_lse)) }
 }
 
 /// [`fast_step`] element by element over what is visible: for partial blocks of operands that are not finite, where
@@ -618,7 +625,7 @@ unsafe fn careful_step<E: Engine>(
         let d_o = given.grads.d_o.row(seq.batch, seq.q_row + at.q0 + i, at.head);
         // SAFETY: the panel has `rows` queries; accumulators hold the part's keys.
         unsafe {
-            let (lse, delta) = (*ws.lse.ptr().add(at.q0 + i), *ws.delta.ptr().add(at.q0 + i));
+            let (minus_lse, delta) = (*ws.minus_lse.ptr().add(at.q0 + i), *ws.delta.ptr().add(at.q0 + i));
             for key in at.part.clone() {
                 let here = cx.strip(seq, at.batch, at.head, at.q0 + i, key..key + 1);
                 if !cx.program.visible(&here) {
@@ -633,7 +640,7 @@ unsafe fn careful_step<E: Engine>(
                 let raw = dot(q, k) * sign;
                 let (s, derivative) = cx.program.modified(&here, raw);
                 let scale = if cx.program.has_score_mod() { LOG2_E } else { cx.scale() * LOG2_E };
-                let p = (s * scale - lse).exp2();
+                let p = s.mul_add(scale, minus_lse).exp2();
                 let mut keep = [1.0f32];
                 if let Some(dropper) = &cx.dropper {
                     dropper.apply::<1>(&here, &mut keep);
@@ -753,6 +760,9 @@ unsafe fn write_dq<E: Engine>(
     }
 }
 
+/// Rows of dK and dV that are asked for before they are written.
+const WRITE_AHEAD: usize = 8;
+
 /// Writes dK or dV of a task.
 ///
 /// # Safety
@@ -772,6 +782,7 @@ unsafe fn write_rows<E: Engine>(
         let start = seq.batch * strides[0] + row * strides[1] + task.kv_head * strides[2];
         // SAFETY: the key exists; `pack` holds a row.
         unsafe {
+            fetch_to_write::<E>(dst.get().wrapping_add(start + WRITE_AHEAD * strides[1]), dim);
             for c in 0..dim {
                 *pack.add(c) = *rows.add(E::rows_at(dim, key, c)) * scale;
             }

@@ -2,34 +2,40 @@
 //! read once, in order, and the memory is what limits. Keys are split over tasks; the parts are merged as
 //! [`flashattn_spec::softmax`] merges states. How they are split depends on the problem alone.
 //!
-//! A chunk of K is multiplied by all queries of the group's heads while the chunk is in L1; V likewise. While one
-//! of them is worked on, the other's next rows are fetched.
+//! A chunk of K is multiplied by all queries of the group's heads while it is near; V likewise. Keys lie along the
+//! vectors of a query's scores, so that a single query's softmax fills them; only score mods, masks and dropout see
+//! scores as elsewhere, with queries along the vectors.
 
-use crate::engine::{Engine, Rows, load, round_up};
-use crate::forward::{
-    Context, Stats, Stretches, Target, Task as Tile, all_finite, modify, narrow, softmax, with_sink,
-};
+use crate::engine::{Engine, Rows, load_pair, load_part, round_up};
+use crate::forward::{Context, Stretches, Target, Task as Tile, all_finite, modify, narrow, with_sink};
 use crate::memory::{Buffer, Shared};
 use crate::mods::Scratch;
 use crate::simd::Simd;
-use flashattn_spec::blocks::BlockKind;
-use flashattn_spec::{AttentionProblem, Element};
+use flashattn_spec::blocks::{BlockKind, Run};
+use flashattn_spec::{AttentionProblem, DType, Element, Inputs, Sequence};
 use std::f32::consts::{LN_2, LOG2_E};
 use std::ops::Range;
 
 /// Queries a head beyond which panels of queries are better.
 pub const MAX_QUERIES: usize = 4;
+/// Keys whose scores are held at a time.
+pub const CHUNK: usize = 64;
+/// Rows that a key is multiplied by at a time: their sums stay in registers.
+const ROWS: usize = 4;
+/// Bytes by which memory is asked for before it is read. Hardware does so too, but stops at the end of each page; farther
+/// than 1 to 4 KiB is slower again (measured on a Xeon, all types).
+const AHEAD: usize = 3072;
 /// Tasks to split a problem into, about, and keys of a task at least.
 const TASKS: usize = 64;
 const MIN_KEYS: usize = 512;
 
-/// A range of keys for all query heads of one KV head.
+/// A range of keys for all query heads of some KV heads.
 #[derive(Clone, Debug)]
 pub struct Task {
     /// Sequence.
     pub batch: usize,
-    /// KV head.
-    pub kv_head: usize,
+    /// KV heads.
+    pub kv_heads: Range<usize>,
     /// Keys.
     pub keys: Range<usize>,
 }
@@ -39,211 +45,288 @@ pub fn suits(problem: &AttentionProblem) -> bool {
     problem.seqlen_q <= MAX_QUERIES
 }
 
-/// All tasks; those of one KV head follow one another.
-pub fn tasks(problem: &AttentionProblem, chunk: usize) -> Vec<Task> {
-    let heads = (problem.batch * problem.heads_kv).max(1);
+/// How many KV heads a task takes: where the heads of a key lie side by side they are done together, a chunk of keys
+/// after the other, so that memory is read in order; as many as leave the chunk in L2.
+pub fn heads_together<T: Element>(problem: &AttentionProblem, inputs: &Inputs<'_, T>) -> usize {
+    let apart = [&inputs.k, &inputs.v].iter().any(|x| x.strides()[2] > x.strides()[1]);
+    let bytes = CHUNK * (problem.head_dim + problem.head_dim_v) * size_of::<T>();
+    if apart { 1 } else { ((1 << 20) / bytes).clamp(1, problem.heads_kv.max(1)) }
+}
+
+/// All tasks; those of the same KV heads follow one another.
+pub fn tasks(problem: &AttentionProblem, together: usize) -> Vec<Task> {
+    let units = (problem.batch * problem.heads_kv.div_ceil(together)).max(1);
+    let least = (MIN_KEYS / together).max(CHUNK);
     let mut tasks = Vec::new();
     for batch in 0..problem.batch {
         let n = problem.sequence(batch).seqlen_k;
-        let parts = TASKS.div_ceil(heads).min(n / MIN_KEYS).max(1);
-        let keys = n.div_ceil(parts).next_multiple_of(chunk).max(chunk);
-        for kv_head in 0..problem.heads_kv {
+        let parts = TASKS.div_ceil(units).min(n / least).max(1);
+        let keys = n.div_ceil(parts).next_multiple_of(CHUNK).max(CHUNK);
+        for first in (0..problem.heads_kv).step_by(together) {
+            let kv_heads = first..(first + together).min(problem.heads_kv);
             for start in (0..n.max(1)).step_by(keys) {
-                tasks.push(Task { batch, kv_head, keys: start..(start + keys).min(n) });
+                tasks.push(Task { batch, kv_heads: kv_heads.clone(), keys: start..(start + keys).min(n) });
             }
         }
     }
     tasks
 }
 
-/// f32 slots of a task's result: for each row (head of the group, query) the maximum (base 2), the sum, and O.
-pub fn part_len<S: Simd>(problem: &AttentionProblem) -> usize {
-    problem.group() * problem.seqlen_q * (2 + round_up(problem.head_dim_v, S::LANES))
+/// f32 slots of a task's result for one KV head: its rows, each (head of the group, query).
+pub fn part_len(problem: &AttentionProblem) -> usize {
+    problem.group() * problem.seqlen_q * row_len(problem.head_dim_v)
 }
 
-/// Scratch of one thread.
+/// Where O starts in a row of a part; before it, the maximum so far (base 2) and the sum of 2^(score − maximum). Rows are
+/// whole pairs of cache lines: threads that write to the same pair wait for each other (a tenth of the time, f32).
+const HEAD: usize = 16;
+
+fn row_len(dim: usize) -> usize {
+    round_up(HEAD + dim, 32)
+}
+
+/// Scratch of one thread. A *row* is one query of one of the group's heads.
 pub struct Workspace {
     q: Buffer,
+    /// Scores, then probabilities: CHUNK for each row.
     s: Buffer,
-    stats: Buffer,
+    /// One head's scores as score mods, masks and dropout take them: key after key, queries across the vector.
+    strip: Buffer,
+    /// Products to be summed across lanes: for each of ROWS rows, a vector for each of LANES keys.
+    block: Buffer,
     mods: Scratch,
 }
 
 impl Workspace {
     /// Scratch for a problem.
     pub fn new<E: Engine>(problem: &AttentionProblem) -> Self {
-        let (l, rows) = (E::S::LANES, problem.group() * problem.seqlen_q);
+        let (l, rows) = (E::S::LANES, problem.heads_q * problem.seqlen_q);
         Workspace {
             q: Buffer::new(rows * round_up(problem.head_dim, l)),
-            s: Buffer::new((E::FORWARD.step + E::ROW_MULTIPLE) * l + 2 * l * l),
-            stats: Buffer::new(3 * problem.group() * l),
+            s: Buffer::new(problem.group() * problem.seqlen_q * CHUNK),
+            strip: Buffer::new((CHUNK + E::ROW_MULTIPLE) * l),
+            block: Buffer::new(ROWS * l * l),
             mods: Scratch::default(),
         }
     }
 }
 
-/// Does one task and leaves its part at `part`.
+/// Does one task and leaves its parts at `part`, one for each KV head.
 ///
 /// # Safety
-/// The CPU has E's instructions; E works in place; `cx` passed validation; `part` holds [`part_len`] f32 that no other
-/// thread touches; `ws` was made for the problem.
+/// The CPU has E's instructions; `cx` passed validation; `part` holds a [`part_len`] for each KV head of the task, and
+/// no other thread touches it; `ws` was made for the problem.
 #[inline(always)]
 pub unsafe fn task<E: Engine>(cx: &Context<'_, E::T>, task: &Task, part: *mut f32, ws: &mut Workspace) {
     let l = E::S::LANES;
     let problem = cx.problem;
-    let (d, dv) = (problem.head_dim, problem.head_dim_v);
-    let (width, width_v) = (round_up(d, l), round_up(dv, l));
+    let (d, width) = (problem.head_dim, round_up(problem.head_dim, l));
+    let (part_len, row_len) = (part_len(problem), row_len(problem.head_dim_v));
     let seq = problem.sequence(task.batch);
     let (group, nq) = (problem.group(), seq.seqlen_q);
-    let k = Rows::of(&cx.inputs.k, seq.batch, seq.kv_row, task.kv_head);
-    let v = Rows::of(&cx.inputs.v, seq.batch, seq.kv_row, task.kv_head);
-    let row_len = 2 + width_v;
+    let heads = task.kv_heads.start * group..task.kv_heads.end * group;
+    let rows = heads.len() * nq;
     let negate = if cx.negate() { -1.0 } else { 1.0 };
     // SAFETY: rows and keys stay inside the sequence, buffers have the sizes of `Workspace::new`.
     unsafe {
-        let (s, stats) = (ws.s.ptr(), ws.stats.ptr());
-        for i in 0..3 * group * l {
-            *stats.add(i) = if i < group * l { f32::NEG_INFINITY } else { 0.0 };
-        }
-        std::ptr::write_bytes(part, 0, group * problem.seqlen_q * row_len);
-        for g in 0..group {
-            for i in 0..nq {
-                let q = Rows::of(&cx.inputs.q, seq.batch, seq.q_row + i, task.kv_head * group + g);
-                let dst = ws.q.ptr().add((g * nq + i) * width);
-                let dim = cx.query_rows(d);
-                for c in 0..width {
-                    *dst.add(c) = if c < dim { (*q.ptr.add(c)).to_f32() * negate } else { 0.0 };
-                }
+        for r in 0..rows {
+            let q = Rows::of(&cx.inputs.q, seq.batch, seq.q_row + r % nq, heads.start + r / nq);
+            let dim = cx.query_rows(d);
+            for c in 0..width {
+                let x = if c < dim { (*q.ptr.add(c)).to_f32() * negate } else { 0.0 };
+                *ws.q.ptr().add(r * width + place::<E>(c, d)) = x;
             }
         }
-        let mut start = task.keys.start;
-        while start < task.keys.end {
-            let keys = start..(start + E::FORWARD.step).min(task.keys.end);
-            start = keys.end;
-            for g in 0..group {
-                let head = task.kv_head * group + g;
-                let tile = Tile { batch: task.batch, head, q0: 0, rows: nq };
-                let row = cx.schedule.row(task.batch, head, 0);
-                for (keys, runs) in Stretches::new(row, cx.schedule.tile_n(), keys.clone()) {
-                    let n = keys.len();
-                    // With one query head a key is read here for the first time, so V's rows are fetched meanwhile.
-                    let ahead = (g == 0).then_some(v.skip(keys.start));
-                    let q = ws.q.ptr().add(g * nq * width);
-                    scores::<E>(k.skip(keys.start), n, q, nq, width, s, ahead);
-                    modify::<E>(cx, &seq, tile, 0, &keys, runs, s, &mut ws.mods);
-                    let stats = Stats {
-                        max: stats.add(g * l),
-                        sum: stats.add((group + g) * l),
-                        alpha: stats.add((2 * group + g) * l),
-                    };
-                    let alpha = stats.alpha;
-                    let partial = runs.iter().any(|r| r.kind == BlockKind::Partial);
-                    let careful = partial && !all_finite::<E::S, E::T>(v.skip(keys.start), n);
-                    let at = cx.strip(&seq, task.batch, head, 0, keys.clone());
-                    let moved = softmax::<E>(cx, at, stats, s, s, 0, false);
-                    let next = (g == 0 && keys.end < task.keys.end).then_some(k.skip(keys.end));
-                    for i in 0..nq {
-                        let o = part.add((g * problem.seqlen_q + i) * row_len + 2);
-                        let alpha = if moved { *alpha.add(i) } else { 1.0 };
-                        if careful {
-                            careful_output::<E>(cx, &seq, tile, i, &keys, v, s.add(i), alpha, o);
-                        } else {
-                            let next = if i == 0 { next } else { None };
-                            output::<E>(v.skip(keys.start), n, s.add(i), alpha, o, next);
-                        }
+        // Parts are `seqlen_q` rows a head, also where a packed sequence has fewer.
+        std::ptr::write_bytes(part, 0, task.kv_heads.len() * part_len);
+        for r in 0..rows {
+            *part.add(r / (group * nq) * part_len + r % (group * nq) * row_len) = f32::NEG_INFINITY;
+        }
+        for start in task.keys.clone().step_by(CHUNK) {
+            let chunk = start..(start + CHUNK).min(task.keys.end);
+            for kv_head in task.kv_heads.clone() {
+                let k = Rows::of(&cx.inputs.k, seq.batch, seq.kv_row, kv_head);
+                let v = Rows::of(&cx.inputs.v, seq.batch, seq.kv_row, kv_head);
+                if start == task.keys.start {
+                    for key in start..(start + ahead(v)).min(task.keys.end) {
+                        fetch::<E>(v.skip(key));
                     }
                 }
-            }
-        }
-        for g in 0..group {
-            for i in 0..nq {
-                let row = part.add((g * problem.seqlen_q + i) * row_len);
-                *row = *stats.add(g * l + i);
-                *row.add(1) = *stats.add((group + g) * l + i);
+                let at = kv_head - task.kv_heads.start;
+                let part = part.add(at * part_len);
+                let mut head = kv_head * group;
+                while head < (kv_head + 1) * group {
+                    // Heads that the mask cannot tell apart have the same runs: they are done together.
+                    let runs = cx.schedule.row(task.batch, head, 0);
+                    let first = head;
+                    while head < (kv_head + 1) * group
+                        && std::ptr::eq(runs, cx.schedule.row(task.batch, head, 0))
+                    {
+                        head += 1;
+                    }
+                    for (keys, runs) in Stretches::new(runs, cx.schedule.tile_n(), chunk.clone()) {
+                        let base = at * group * nq;
+                        let at = Stretch { seq, task, kv_head, base, heads: first..head, keys, runs };
+                        stretch::<E>(cx, &at, k, v, part, ws);
+                    }
+                }
             }
         }
     }
 }
 
-/// Scores of `n` keys with `nq` queries: key after key in strips of LANES queries, of which `nq` are real.
+/// A stretch of keys, at most CHUNK, for some heads of the group.
+struct Stretch<'r> {
+    seq: Sequence,
+    task: &'r Task,
+    kv_head: usize,
+    /// The KV head's first row in the task.
+    base: usize,
+    /// Query heads.
+    heads: Range<usize>,
+    keys: Range<usize>,
+    runs: &'r [Run],
+}
+
+/// One stretch: scores, score mod and mask, softmax, output.
 ///
 /// # Safety
 /// As [`task`].
 #[inline(always)]
-unsafe fn scores<E: Engine>(
+unsafe fn stretch<E: Engine>(
+    cx: &Context<'_, E::T>,
+    at: &Stretch<'_>,
     k: Rows<E::T>,
-    n: usize,
-    q: *const f32,
-    nq: usize,
-    width: usize,
-    s: *mut f32,
-    ahead: Option<Rows<E::T>>,
+    v: Rows<E::T>,
+    part: *mut f32,
+    ws: &mut Workspace,
 ) {
     let l = E::S::LANES;
-    // The transposition's scratch follows the scores.
-    let block = s.wrapping_add((E::FORWARD.step + E::ROW_MULTIPLE) * l);
-    // SAFETY: the caller's sizes.
+    let nq = at.seq.seqlen_q;
+    let (width, row_len) = (round_up(k.dim, l), row_len(v.dim));
+    let n = at.keys.len();
+    // Half as wide vectors come with half as many registers.
+    let most = if l == 16 { ROWS } else { ROWS / 2 };
+    // The task's own keys are worth asking for.
+    let last = at.task.keys.end - 1 - at.keys.start;
+    let (k_ahead, v_ahead) = (Ahead { rows: ahead(k), last }, Ahead { rows: ahead(v), last });
+    let (k, v_rows) = (k.skip(at.keys.start), v.skip(at.keys.start));
+    // Rows of the KV head.
+    let first_head = at.kv_head * cx.problem.group();
+    let rows = (at.heads.start - first_head) * nq..(at.heads.end - first_head) * nq;
+    let partial = at.runs.iter().any(|r| r.kind == BlockKind::Partial);
+    let modified = cx.program.has_score_mod() || partial;
+    let factor = if cx.program.has_score_mod() { LOG2_E } else { cx.scale() * LOG2_E };
+    // SAFETY: as the caller; a row has CHUNK scores.
     unsafe {
-        for key in 0..n {
-            E::S::store(s.add(key * l), E::S::splat(0.0));
-        }
-        for i in 0..nq {
-            let q = q.add(i * width);
-            let mut key = 0;
-            while key < n {
-                let count = (n - key).min(l);
-                for j in 0..count {
-                    if let (0, Some(ahead)) = (i, ahead) {
-                        fetch::<E>(ahead.skip(key + j));
-                    }
-                    E::S::store(block.add(j * l), partial_dot::<E>(k.skip(key + j), q));
-                }
-                // Sums across lanes, LANES keys at a time.
-                let columns = block.add(l * l);
-                E::S::transpose(block, l, columns, l);
-                let mut sum = E::S::load(columns);
-                for j in 1..l {
-                    sum = E::S::add(sum, E::S::load(columns.add(j * l)));
-                }
-                E::S::store(block, sum);
-                for j in 0..count {
-                    *s.add((key + j) * l + i) = *block.add(j);
-                }
-                key += count;
+        let (q, s) = (ws.q.ptr().add(at.base * width), ws.s.ptr());
+        let mut r = rows.start;
+        while r < rows.end {
+            let (q, s, block) = (q.add(r * width), s.add(r * CHUNK), ws.block.ptr());
+            // The first to read a key asks for later ones.
+            let ahead = if r == 0 { k_ahead } else { Ahead::default() };
+            match (rows.end - r).min(most) {
+                1 => scores::<E, 1, 4>(k, n, q, s, block, ahead),
+                2 => scores::<E, 2, 4>(k, n, q, s, block, ahead),
+                3 => scores::<E, 3, 2>(k, n, q, s, block, ahead),
+                _ => scores::<E, ROWS, 2>(k, n, q, s, block, ahead),
             }
+            r += most;
+        }
+        let careful = partial && !all_finite::<E::S, E::T>(v_rows, n);
+        for head in at.heads.clone() {
+            let g = head - first_head;
+            let tile = Tile { batch: at.task.batch, head, q0: 0, rows: nq };
+            let (s, strip) = (s.add(g * nq * CHUNK), ws.strip.ptr());
+            if modified {
+                for key in 0..n {
+                    E::S::store(strip.add(key * l), E::S::splat(0.0));
+                    for i in 0..nq {
+                        *strip.add(key * l + i) = *s.add(i * CHUNK + key);
+                    }
+                }
+                modify::<E>(cx, &at.seq, tile, 0, &at.keys, at.runs, strip, &mut ws.mods);
+                for i in 0..nq {
+                    for key in 0..n {
+                        *s.add(i * CHUNK + key) = *strip.add(key * l + i);
+                    }
+                }
+            }
+            if let Some(dropper) = &cx.dropper {
+                let keep = std::slice::from_raw_parts_mut(strip, n * l);
+                keep.fill(1.0);
+                let strip = cx.strip(&at.seq, tile.batch, head, 0, at.keys.clone());
+                E::S::drop_out(dropper, &strip, keep);
+            }
+            for i in 0..nq {
+                let (row, s) = (part.add((g * nq + i) * row_len), s.add(i * CHUNK));
+                let shrink = softmax::<E>(s, n, factor, row);
+                let o = row.add(HEAD);
+                if shrink != 1.0 {
+                    for c in (0..v.dim).step_by(l) {
+                        E::S::store(o.add(c), E::S::mul(E::S::load(o.add(c)), E::S::splat(shrink)));
+                    }
+                }
+                if cx.dropper.is_some() {
+                    for key in 0..n {
+                        *s.add(key) *= *strip.add(key * l + i);
+                    }
+                }
+                if careful {
+                    careful_output::<E>(cx, at, tile, i, v, s, o);
+                }
+            }
+        }
+        let mut r = rows.start;
+        while r < rows.end && !careful {
+            let (s, o) = (s.add(r * CHUNK), part.add(r * row_len + HEAD));
+            let ahead = if r == 0 { v_ahead } else { Ahead::default() };
+            match (rows.end - r).min(most) {
+                1 => output::<E, 1>(v_rows, n, s, o, row_len, ahead),
+                2 => output::<E, 2>(v_rows, n, s, o, row_len, ahead),
+                3 => output::<E, 3>(v_rows, n, s, o, row_len, ahead),
+                _ => output::<E, ROWS>(v_rows, n, s, o, row_len, ahead),
+            }
+            r += most;
         }
     }
 }
 
-/// q · k as LANES partial sums; q is padded with zeros.
-///
-/// # Safety
-/// As [`scores`].
-#[inline(always)]
-unsafe fn partial_dot<E: Engine>(k: Rows<E::T>, q: *const f32) -> <E::S as Simd>::F {
-    let l = E::S::LANES;
-    // SAFETY: c + l ≤ dim in the vector loops; the tail is copied first.
-    unsafe {
-        let mut sum = [E::S::splat(0.0); 2];
-        let mut c = 0;
-        while c + 2 * l <= k.dim {
-            sum[0] = E::S::fma(load::<E::S, E::T>(k.ptr.add(c)), E::S::load(q.add(c)), sum[0]);
-            sum[1] = E::S::fma(load::<E::S, E::T>(k.ptr.add(c + l)), E::S::load(q.add(c + l)), sum[1]);
-            c += 2 * l;
+/// How far ahead to ask for rows: how many, if any, and the last that may be asked for.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ahead {
+    rows: usize,
+    last: usize,
+}
+
+impl Ahead {
+    /// Asks for the row that is read this much after row `i` of `x`.
+    ///
+    /// # Safety
+    /// The CPU has E's instructions.
+    #[inline(always)]
+    unsafe fn of<E: Engine>(self, x: Rows<E::T>, i: usize) {
+        if self.rows > 0 {
+            // SAFETY: the caller's.
+            unsafe { fetch::<E>(x.skip((i + self.rows).min(self.last))) }
         }
-        while c + l <= k.dim {
-            sum[0] = E::S::fma(load::<E::S, E::T>(k.ptr.add(c)), E::S::load(q.add(c)), sum[0]);
-            c += l;
-        }
-        if c < k.dim {
-            let mut tail = [0.0f32; 16];
-            for (i, x) in tail.iter_mut().enumerate().take(k.dim - c) {
-                *x = (*k.ptr.add(c + i)).to_f32();
-            }
-            sum[1] = E::S::fma(E::S::load(tail.as_ptr()), E::S::load(q.add(c)), sum[1]);
-        }
-        E::S::add(sum[0], sum[1])
     }
+}
+
+/// Where element `c` of a row of `dim` is kept: as [`load_pair`] finds the elements.
+fn place<E: Engine>(c: usize, dim: usize) -> usize {
+    let pair = 2 * E::S::LANES;
+    let first = c / pair * pair;
+    if E::T::DTYPE == DType::Bf16 && first + pair <= dim {
+        first + c % 2 * E::S::LANES + c % pair / 2
+    } else {
+        c
+    }
+}
+
+/// How many rows are AHEAD bytes.
+fn ahead<T>(x: Rows<T>) -> usize {
+    (AHEAD / (x.dim * size_of::<T>()).max(1)).max(1)
 }
 
 /// Asks for a row's cache lines.
@@ -261,96 +344,249 @@ unsafe fn fetch<E: Engine>(row: Rows<E::T>) {
     }
 }
 
-/// O = α O + Σ p V over `n` keys, for one query; its p are LANES apart. Fetches the rows from `next` on meanwhile.
+/// Scores of `n` keys with R rows, K keys at a time. What follows them up to a whole vector becomes −∞.
 ///
 /// # Safety
 /// As [`task`].
 #[inline(always)]
-unsafe fn output<E: Engine>(
-    v: Rows<E::T>,
+unsafe fn scores<E: Engine, const R: usize, const K: usize>(
+    k: Rows<E::T>,
     n: usize,
-    p: *const f32,
-    alpha: f32,
-    o: *mut f32,
-    next: Option<Rows<E::T>>,
+    q: *const f32,
+    s: *mut f32,
+    block: *mut f32,
+    ahead: Ahead,
 ) {
-    const VECTORS: usize = 8;
     let l = E::S::LANES;
-    let mut c = 0;
-    // SAFETY: c + VECTORS·l ≤ dim in the block loop; O holds whole vectors.
+    // SAFETY: the caller's sizes.
     unsafe {
-        let shrink = E::S::splat(alpha);
-        while c + VECTORS * l <= v.dim {
-            let mut acc = [E::S::splat(0.0); VECTORS];
-            for key in 0..n {
-                if let (0, Some(next)) = (c, next) {
-                    fetch::<E>(next.skip(key));
+        for key in (0..n).step_by(l) {
+            let count = (n - key).min(l);
+            let mut j = 0;
+            while j + K <= count {
+                for i in 0..K {
+                    ahead.of::<E>(k, key + j + i);
                 }
-                let p = E::S::splat(*p.add(key * l));
-                let row = v.ptr.add(key * v.stride + c);
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    *acc = E::S::fma(p, load::<E::S, E::T>(row.add(i * l)), *acc);
-                }
+                products::<E, R, K>(k.skip(key + j), q, block.add(j * l));
+                j += K;
             }
-            // O joins at the end: sums of chunks lose fewer digits than one sum of all keys.
-            for (i, acc) in acc.iter().enumerate() {
-                let at = o.add(c + i * l);
-                E::S::store(at, E::S::fma(E::S::load(at), shrink, *acc));
+            while j < count {
+                ahead.of::<E>(k, key + j);
+                products::<E, R, 1>(k.skip(key + j), q, block.add(j * l));
+                j += 1;
             }
-            c += VECTORS * l;
+            for r in 0..R {
+                E::S::store(s.add(r * CHUNK + key), E::S::sums(block.add(r * l * l)));
+            }
         }
-        while c + l <= v.dim {
-            let mut acc = E::S::splat(0.0);
-            for key in 0..n {
-                let row = v.ptr.add(key * v.stride + c);
-                acc = E::S::fma(E::S::splat(*p.add(key * l)), load::<E::S, E::T>(row), acc);
+        for key in n..n.next_multiple_of(l) {
+            for r in 0..R {
+                *s.add(r * CHUNK + key) = f32::NEG_INFINITY;
             }
-            E::S::store(o.add(c), E::S::fma(E::S::load(o.add(c)), shrink, acc));
-            c += l;
-        }
-        for c in c..v.dim {
-            let mut sum = 0.0;
-            for key in 0..n {
-                sum += *p.add(key * l) * (*v.ptr.add(key * v.stride + c)).to_f32();
-            }
-            *o.add(c) = *o.add(c) * alpha + sum;
         }
     }
 }
 
-/// [`output`] over visible keys only, where V is not finite.
+/// q · k of R rows and K keys, each as LANES partial sums; q is padded with zeros.
+///
+/// # Safety
+/// As [`task`]; `block` holds LANES vectors for each row.
+#[inline(always)]
+unsafe fn products<E: Engine, const R: usize, const K: usize>(k: Rows<E::T>, q: *const f32, block: *mut f32) {
+    let l = E::S::LANES;
+    let width = round_up(k.dim, l);
+    // SAFETY: c + 2 l ≤ dim in the loop over pairs, c < dim in the other.
+    unsafe {
+        let mut sum = [[E::S::splat(0.0); R]; K];
+        let mut c = 0;
+        while c + 2 * l <= k.dim {
+            for (i, sum) in sum.iter_mut().enumerate() {
+                let x = load_pair::<E::S, E::T>(k.ptr.add(i * k.stride + c));
+                for (r, sum) in sum.iter_mut().enumerate() {
+                    let q = q.add(r * width + c);
+                    *sum = E::S::fma(x[0], E::S::load(q), *sum);
+                    *sum = E::S::fma(x[1], E::S::load(q.add(l)), *sum);
+                }
+            }
+            c += 2 * l;
+        }
+        while c < k.dim {
+            for (i, sum) in sum.iter_mut().enumerate() {
+                let x = load_part::<E::S, E::T>(k.ptr.add(i * k.stride + c), k.dim - c);
+                for (r, sum) in sum.iter_mut().enumerate() {
+                    *sum = E::S::fma(x, E::S::load(q.add(r * width + c)), *sum);
+                }
+            }
+            c += l;
+        }
+        for (i, sum) in sum.iter().enumerate() {
+            for (r, sum) in sum.iter().enumerate() {
+                E::S::store(block.add((r * l + i) * l), *sum);
+            }
+        }
+    }
+}
+
+/// One step of online softmax over a row's `n` scores, which become probabilities: updates the statistics at the row's
+/// start and returns the factor for what has been added up so far.
+///
+/// # Safety
+/// `s` holds whole vectors; what follows the `n` scores is −∞. `row` is a part's.
+#[inline(always)]
+unsafe fn softmax<E: Engine>(s: *mut f32, n: usize, factor: f32, row: *mut f32) -> f32 {
+    let l = E::S::LANES;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut max = E::S::load(s);
+        for i in (l..n).step_by(l) {
+            max = E::S::max(max, E::S::load(s.add(i)));
+        }
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        E::S::store(lanes.as_mut_ptr(), max);
+        for half in [8, 4, 2, 1] {
+            for i in 0..half {
+                lanes[i] = lanes[i].max(lanes[i + half]);
+            }
+        }
+        let old = *row;
+        let new = old.max(lanes[0] * factor);
+        // Before anything is visible the maximum is −∞; 0 in its place keeps exp2(−∞ − m) at 0, not NaN.
+        let reference = if new == f32::NEG_INFINITY { 0.0 } else { new };
+        let shrink = if new == old { 1.0 } else { (old - reference).exp2() };
+        let (factor, minus) = (E::S::splat(factor), E::S::splat(-reference));
+        let mut sum = E::S::splat(0.0);
+        for i in (0..n).step_by(l) {
+            let p = E::exp2(E::S::fma(E::S::load(s.add(i)), factor, minus));
+            E::S::store(s.add(i), p);
+            sum = E::S::add(sum, p);
+        }
+        *row = new;
+        *row.add(1) = *row.add(1) * shrink + E::S::sum(sum);
+        shrink
+    }
+}
+
+/// O += Σ p V over `n` keys, for R rows `o_stride` apart.
+///
+/// # Safety
+/// As [`task`].
+#[inline(always)]
+unsafe fn output<E: Engine, const R: usize>(
+    v: Rows<E::T>,
+    n: usize,
+    p: *const f32,
+    o: *mut f32,
+    o_stride: usize,
+    mut ahead: Ahead,
+) {
+    let l = E::S::LANES;
+    let mut c = 0;
+    // SAFETY: columns below dim exist; O holds whole vectors.
+    unsafe {
+        while c < v.dim {
+            let left = v.dim - c;
+            // As many columns at a time as leave enough sums in flight.
+            if R == 1 && left >= 8 * l {
+                weigh::<E, R, 8>(v, c, n, p, o, o_stride, ahead);
+                c += 8 * l;
+            } else if left >= 4 * l {
+                weigh::<E, R, 4>(v, c, n, p, o, o_stride, ahead);
+                c += 4 * l;
+            } else if left >= 2 * l {
+                weigh::<E, R, 2>(v, c, n, p, o, o_stride, ahead);
+                c += 2 * l;
+            } else {
+                weigh::<E, R, 1>(v, c, n, p, o, o_stride, ahead);
+                c += l;
+            }
+            ahead = Ahead::default();
+        }
+    }
+}
+
+/// [`output`] for V vectors of columns from `c` on; the only one may be short.
+///
+/// # Safety
+/// As [`task`].
+#[inline(always)]
+unsafe fn weigh<E: Engine, const R: usize, const V: usize>(
+    v: Rows<E::T>,
+    c: usize,
+    n: usize,
+    p: *const f32,
+    o: *mut f32,
+    o_stride: usize,
+    ahead: Ahead,
+) {
+    let l = E::S::LANES;
+    // SAFETY: the caller's.
+    unsafe {
+        let mut acc = [[E::S::splat(0.0); V]; R];
+        for key in 0..n {
+            ahead.of::<E>(v, key);
+            let row = v.ptr.add(key * v.stride + c);
+            let mut x = [E::S::splat(0.0); V];
+            if V == 1 {
+                x[0] = load_part::<E::S, E::T>(row, v.dim - c);
+            }
+            for (i, x) in x.chunks_exact_mut(2).enumerate() {
+                x.copy_from_slice(&load_pair::<E::S, E::T>(row.add(2 * i * l)));
+            }
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let p = E::S::splat(*p.add(r * CHUNK + key));
+                for (acc, x) in acc.iter_mut().zip(x) {
+                    *acc = E::S::fma(p, x, *acc);
+                }
+            }
+        }
+        // O joins at the end: sums of chunks lose fewer digits than one sum of all keys.
+        for (r, acc) in acc.iter().enumerate() {
+            for (i, acc) in acc.iter().enumerate() {
+                let at = o.add(r * o_stride + c + i * l);
+                E::S::store(at, E::S::add(E::S::load(at), *acc));
+            }
+        }
+    }
+}
+
+/// [`output`] for one row over visible keys only, where V is not finite.
 ///
 /// # Safety
 /// As [`task`].
 unsafe fn careful_output<E: Engine>(
     cx: &Context<'_, E::T>,
-    seq: &flashattn_spec::Sequence,
+    at: &Stretch<'_>,
     tile: Tile,
     query: usize,
-    keys: &Range<usize>,
     v: Rows<E::T>,
     p: *const f32,
-    alpha: f32,
     o: *mut f32,
 ) {
-    // SAFETY: keys exist; O holds a row.
-    unsafe {
-        for c in 0..v.dim {
-            *o.add(c) *= alpha;
-        }
-        for key in keys.clone() {
-            let at = cx.strip(seq, tile.batch, tile.head, query, key..key + 1);
-            if cx.program.visible(&at) {
-                let p = *p.add((key - keys.start) * E::S::LANES);
+    for (i, key) in at.keys.clone().enumerate() {
+        let strip = cx.strip(&at.seq, tile.batch, tile.head, query, key..key + 1);
+        if cx.program.visible(&strip) {
+            // SAFETY: the key exists; O holds a row.
+            unsafe {
                 for c in 0..v.dim {
-                    *o.add(c) += p * (*v.ptr.add(key * v.stride + c)).to_f32();
+                    *o.add(place::<E>(c, v.dim)) += *p.add(i) * (*v.ptr.add(key * v.stride + c)).to_f32();
                 }
             }
         }
     }
 }
 
-/// Merges the `count` parts of a KV head, which start at `parts`, and writes o and lse of its query heads.
+/// Parts of one KV head: `count`, `stride` f32 apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts {
+    /// The first.
+    pub first: Shared<f32>,
+    /// See [`Parts`].
+    pub stride: usize,
+    /// See [`Parts`].
+    pub count: usize,
+}
+
+/// Merges the parts of a KV head and writes o and lse of its query heads.
 ///
 /// # Safety
 /// As [`task`]; no other thread writes these rows.
@@ -358,31 +594,31 @@ unsafe fn careful_output<E: Engine>(
 pub unsafe fn merge<E: Engine>(
     cx: &Context<'_, E::T>,
     out: &Target<E::T>,
-    first: &Task,
-    parts: Shared<f32>,
-    count: usize,
+    batch: usize,
+    kv_head: usize,
+    parts: Parts,
 ) {
     let problem = cx.problem;
-    let seq = problem.sequence(first.batch);
+    let seq = problem.sequence(batch);
     let dv = problem.head_dim_v;
-    let len = part_len::<E::S>(problem);
-    let row_len = len / (problem.group() * problem.seqlen_q).max(1);
+    let Parts { first, stride, count } = parts;
+    let row_len = row_len(dv);
     let mut o = vec![0.0f32; dv];
     for g in 0..problem.group() {
-        let head = first.kv_head * problem.group() + g;
+        let head = kv_head * problem.group() + g;
         let lse = problem.lse_start(&seq, head);
         for i in 0..seq.seqlen_q {
             // SAFETY: every part has this row.
             unsafe {
-                let at = parts.get().add((g * problem.seqlen_q + i) * row_len);
+                let at = first.get().add((g * seq.seqlen_q + i) * row_len);
                 let mut max = f32::NEG_INFINITY;
                 for part in 0..count {
-                    max = max.max(*at.add(part * len));
+                    max = max.max(*at.add(part * stride));
                 }
                 let mut sum = 0.0;
                 o.fill(0.0);
                 for part in 0..count {
-                    let at = at.add(part * len);
+                    let at = at.add(part * stride);
                     // An empty part's (max, sum) is (−∞, 0).
                     let factor = if *at == f32::NEG_INFINITY { 0.0 } else { (*at - max).exp2() };
                     // A part that saw only −∞ adds nothing, NaN or not.
@@ -391,7 +627,7 @@ pub unsafe fn merge<E: Engine>(
                     }
                     sum += *at.add(1) * factor;
                     for (c, o) in o.iter_mut().enumerate() {
-                        *o += *at.add(2 + c) * factor;
+                        *o += *at.add(HEAD + place::<E>(c, dv)) * factor;
                     }
                 }
                 let (shrink, max, sum) = match cx.inputs.sinks {

@@ -280,6 +280,21 @@ pub unsafe fn load<S: Simd, T: Element>(p: *const T) -> S::F {
     }
 }
 
+/// Reads two vectors of `T`, widened; of bf16 the elements with even numbers, then the others.
+///
+/// # Safety
+/// `p` is valid for `2 · LANES` elements; the CPU has S's instructions.
+#[inline(always)]
+pub unsafe fn load_pair<S: Simd, T: Element>(p: *const T) -> [S::F; 2] {
+    // SAFETY: the caller's contract.
+    unsafe {
+        match T::DTYPE {
+            DType::Bf16 => S::load_bf16_pair(p.cast()),
+            _ => [load::<S, T>(p), load::<S, T>(p.add(S::LANES))],
+        }
+    }
+}
+
 /// Widens `n` elements into f32.
 ///
 /// # Safety
@@ -327,7 +342,7 @@ pub const fn round_up(n: usize, multiple: usize) -> usize {
 /// # Safety
 /// `p` is valid for `min(n, LANES)` elements; the CPU has S's instructions.
 #[inline(always)]
-unsafe fn load_part<S: Simd, T: Element>(p: *const T, n: usize) -> S::F {
+pub(crate) unsafe fn load_part<S: Simd, T: Element>(p: *const T, n: usize) -> S::F {
     // SAFETY: the caller's contract.
     unsafe {
         if n >= S::LANES {

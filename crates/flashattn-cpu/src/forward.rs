@@ -118,6 +118,9 @@ impl<T: Element> Context<'_, T> {
     }
 }
 
+/// Panels of a tile, at most.
+pub const MAX_PANELS: usize = 64;
+
 /// One tile of queries of one head.
 #[derive(Clone, Copy, Debug)]
 pub struct Task {
@@ -276,8 +279,8 @@ pub unsafe fn tile<E: Engine>(cx: &Context<'_, E::T>, out: &Target<E::T>, task: 
         let mut late = Late::default();
         let mut side = 1;
         // A panel's O is written by its first product, so it needs no clearing.
-        let mut started = [false; 64];
-        debug_assert!(panels <= started.len());
+        let mut started = [false; MAX_PANELS];
+        debug_assert!(panels <= MAX_PANELS);
 
         let mut chunk = seen.start / E::FORWARD.chunk * E::FORWARD.chunk;
         while chunk < seen.end {
@@ -717,6 +720,9 @@ pub unsafe fn write_transposed<E: Engine>(
     let width = E::o_rows(dim);
     // SAFETY: the caller's sizes.
     unsafe {
+        for i in 0..lanes {
+            fetch_to_write::<E>(dst.wrapping_add(i * stride), dim);
+        }
         let factor = E::S::load(factors.as_ptr());
         for c in 0..width {
             E::S::store(x.add(c * l), E::S::mul(E::S::load(x.add(c * l)), factor));
@@ -730,6 +736,18 @@ pub unsafe fn write_transposed<E: Engine>(
             }
             narrow::<E::S, E::T>(pack.add(i * width), dim, dst.add(i * stride));
         }
+    }
+}
+
+/// Asks for the cache lines of a row that will be written: otherwise each store waits for its line.
+///
+/// # Safety
+/// The CPU has E's instructions; any address is allowed.
+#[inline(always)]
+pub unsafe fn fetch_to_write<E: Engine>(row: *const E::T, dim: usize) {
+    for c in (0..dim).step_by(64 / size_of::<E::T>()) {
+        // SAFETY: a prefetch does not access memory.
+        unsafe { E::S::prefetch_write(row.wrapping_add(c).cast()) };
     }
 }
 

@@ -90,7 +90,9 @@ pub unsafe fn product<S: Simd>(
 ) {
     let mut v = 0;
     while v < vectors {
-        let n = (vectors - v).min(S::PANEL);
+        // Two and two rather than three and one: a tile of one vector loads more than it multiplies.
+        let n =
+            if vectors - v == S::PANEL + 1 { (vectors - v).div_ceil(2) } else { (vectors - v).min(S::PANEL) };
         // SAFETY: vector v is inside B and C.
         unsafe {
             let b = Vectors { ptr: b.ptr.add(v * b.vector), ..b };

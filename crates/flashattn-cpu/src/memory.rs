@@ -35,6 +35,16 @@ impl Buffer {
         Buffer(bytemuck::zeroed_vec(lines))
     }
 
+    /// How many f32 it holds.
+    pub fn len(&self) -> usize {
+        self.0.len() * 16
+    }
+
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// First element.
     pub fn ptr(&mut self) -> *mut f32 {
         self.0.as_mut_ptr().cast()

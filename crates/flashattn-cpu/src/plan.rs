@@ -50,10 +50,10 @@ const MAX_PARTS: usize = 4;
 const MIN_KEYS: usize = 256;
 /// Tasks of a thread below which tiles of the forward pass are made smaller, for balance.
 const TASKS_PER_THREAD: usize = 4;
-/// Queries of a tile, at most: the tile's Q and O stay in L2 beside a chunk of K and V.
-const MAX_TILE: usize = 480;
+/// Bytes of a tile's Q and O in f32, at most: they stay in L2 beside a chunk of K and V, which is prepared once a tile.
+const MAX_TILE_BYTES: usize = 1 << 20;
 /// Keys of a block of the schedule.
-pub(crate) const TILE_N: usize = 64;
+pub(crate) const TILE_N: usize = 32;
 
 /// A problem made ready: programs and schedules are made once, `forward` and `backward` run many times.
 ///
@@ -109,7 +109,9 @@ impl Plan {
         let threads = options.threads.unwrap_or_else(rayon::current_num_threads).max(1);
         let longest = problem.seqlen_q;
         // Tiles of equal length. Their number does not show in results: each row has its own sums.
-        let mut parts = longest.div_ceil(MAX_TILE).max(1);
+        let row_bytes = (problem.head_dim + problem.head_dim_v) * size_of::<f32>();
+        let max_tile = (MAX_TILE_BYTES / row_bytes).clamp(panel, forward::MAX_PANELS * panel);
+        let mut parts = longest.div_ceil(max_tile).max(1);
         let length = |parts: usize| longest.div_ceil(parts).next_multiple_of(panel);
         while length(parts) > panel && tasks(length(parts)) < TASKS_PER_THREAD * threads {
             parts += 1;
@@ -220,31 +222,42 @@ impl Plan {
         cx: &forward::Context<'_, T>,
         target: &forward::Target<T>,
     ) {
-        let tasks = decode::tasks(&self.problem, kernels.chunk);
-        let len = (kernels.part_len)(&self.problem);
-        let mut memory = self.o_parts.take(|| Buffer::new(tasks.len() * len));
-        let parts = Shared(memory.ptr());
+        let together = decode::heads_together(&self.problem, &cx.inputs);
+        let tasks = decode::tasks(&self.problem, together);
+        let len = decode::part_len(&self.problem);
+        let total = tasks.len() * together * len;
+        let mut memory = self.o_parts.take(|| Buffer::new(total));
+        if memory.len() < total {
+            // The tasks depend on how the tensors lie, which may differ from call to call.
+            memory = Buffer::new(total);
+        }
+        let start = Shared(memory.ptr());
+        let part = |i: usize| Shared(start.get().wrapping_add(i * together * len));
         let workspace = || (kernels.workspace)(&self.problem);
         run_tasks(self.threads, tasks.len(), &self.decode_scratch, workspace, |ws, i| {
             // SAFETY: the kernels are for an ISA of this CPU; tensors were checked against the problem; each task
-            // has a part of its own.
-            unsafe { (kernels.task)(cx, &tasks[i], parts.get().add(i * len), ws) }
+            // has parts of its own.
+            unsafe { (kernels.task)(cx, &tasks[i], part(i).get(), ws) }
         });
-        let first = |i: &usize| {
-            tasks[*i].keys.start == 0 // Tasks of a KV head follow one another.
-        };
-        let firsts: Vec<usize> = (0..tasks.len()).filter(first).collect();
+        let mut merges = Vec::new();
+        for (i, task) in tasks.iter().enumerate().filter(|(_, task)| task.keys.start == 0) {
+            let same = |t: &&decode::Task| (t.batch, &t.kv_heads) == (task.batch, &task.kv_heads);
+            let count = tasks[i..].iter().take_while(same).count();
+            for (h, kv_head) in task.kv_heads.clone().enumerate() {
+                let first = Shared(part(i).get().wrapping_add(h * len));
+                let parts = decode::Parts { first, stride: together * len, count };
+                merges.push((task.batch, kv_head, parts));
+            }
+        }
         run_tasks(
             self.threads,
-            firsts.len(),
+            merges.len(),
             &Pool::default(),
             || (),
             |(), i| {
-                let (from, to) = (firsts[i], firsts.get(i + 1).copied().unwrap_or(tasks.len()));
+                let (batch, kv_head, parts) = merges[i];
                 // SAFETY: as above; all tasks have ended, and rows of a KV head are merged once.
-                unsafe {
-                    (kernels.merge)(cx, target, &tasks[from], Shared(parts.get().add(from * len)), to - from)
-                }
+                unsafe { (kernels.merge)(cx, target, batch, kv_head, parts) }
             },
         );
         self.o_parts.put(memory);

@@ -46,8 +46,13 @@ pub trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_f16(p: *const half::f16) -> Self::F;
     /// Widens `LANES` bf16 values.
     unsafe fn load_bf16(p: *const half::bf16) -> Self::F;
+    /// Widens `2 · LANES` bf16 values: those with even numbers, then those with odd ones, which takes less work than
+    /// keeping the order.
+    unsafe fn load_bf16_pair(p: *const half::bf16) -> [Self::F; 2];
     /// Asks for the cache line at `p`, any address, to be brought near.
     unsafe fn prefetch(_p: *const f32) {}
+    /// The same, to be written.
+    unsafe fn prefetch_write(_p: *const f32) {}
     /// [`crate::gemm::product`], compiled for this instruction set once and for all callers.
     unsafe fn product(
         rows: usize,
@@ -65,6 +70,20 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Transposes a `LANES` × `LANES` block: element (r, c) at `src[r * src_stride + c]` goes to
     /// `dst[c * dst_stride + r]`.
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize);
+    /// The sums of each of `LANES` vectors that follow one another.
+    #[inline(always)]
+    unsafe fn sums(src: *const f32) -> Self::F {
+        let mut columns = [0.0f32; 16 * 16];
+        // SAFETY: both hold LANES vectors.
+        unsafe {
+            Self::transpose(src, Self::LANES, columns.as_mut_ptr(), Self::LANES);
+            let mut sum = Self::load(columns.as_ptr());
+            for j in 1..Self::LANES {
+                sum = Self::add(sum, Self::load(columns.as_ptr().add(j * Self::LANES)));
+            }
+            sum
+        }
+    }
 }
 
 /// The three large methods of [`Simd`], each compiled with the given features.

@@ -92,9 +92,23 @@ impl Simd for Avx512 {
         }
     }
     #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const half::bf16) -> [__m512; 2] {
+        // SAFETY: as above; `p` is valid for 32 elements of two bytes. The lower half of each dword is the even one.
+        unsafe {
+            let both = _mm512_loadu_si512(p.cast());
+            let odd = _mm512_and_si512(both, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both)), _mm512_castsi512_ps(odd)]
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(p: *const f32) {
         // SAFETY: a prefetch does not access memory.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch_write(p: *const f32) {
+        // SAFETY: a prefetch does not access memory.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(p.cast()) }
     }
     #[inline(always)]
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
@@ -108,6 +122,30 @@ impl Simd for Avx512 {
             for (i, r) in r.iter().enumerate() {
                 _mm512_storeu_ps(dst.add(i * dst_stride), *r);
             }
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums(src: *const f32) -> __m512 {
+        // SAFETY: the caller's pointer covers 16 vectors. Each step adds halves of two vectors into one.
+        unsafe {
+            let mut quads = [_mm512_setzero_ps(); 4];
+            for (i, quad) in quads.iter_mut().enumerate() {
+                let mut pairs = [_mm512_setzero_pd(); 2];
+                for (j, pair) in pairs.iter_mut().enumerate() {
+                    let a = _mm512_loadu_ps(src.add((4 * i + 2 * j) * 16));
+                    let b = _mm512_loadu_ps(src.add((4 * i + 2 * j + 1) * 16));
+                    let sum = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                    *pair = _mm512_castps_pd(sum);
+                }
+                let [a, b] = pairs;
+                let (low, high) = (_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+                *quad = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+            }
+            // Vector i now has, in each lane of 128 bits, a quarter of the sums 4i .. 4i + 4.
+            let [a, b, c, d] = quads;
+            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0xdd>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(c, d), _mm512_shuffle_f32x4::<0xdd>(c, d));
+            _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xdd>(ab, cd))
         }
     }
 }

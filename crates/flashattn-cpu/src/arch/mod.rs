@@ -1,6 +1,5 @@
 //! The instruction sets, their detection, and the compiled kernels of each.
 
-use crate::memory::Shared;
 use crate::{backward, decode, forward};
 use flashattn_spec::{AttentionProblem, Element};
 use std::any::Any;
@@ -144,13 +143,9 @@ pub struct Decode<T: 'static> {
     /// [`decode::task`].
     pub task: unsafe fn(&forward::Context<'_, T>, &decode::Task, *mut f32, &mut decode::Workspace),
     /// [`decode::merge`].
-    pub merge: unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, &decode::Task, Shared<f32>, usize),
+    pub merge: unsafe fn(&forward::Context<'_, T>, &forward::Target<T>, usize, usize, decode::Parts),
     /// [`decode::Workspace::new`].
     pub workspace: fn(&AttentionProblem) -> decode::Workspace,
-    /// [`decode::part_len`].
-    pub part_len: fn(&AttentionProblem) -> usize,
-    /// Keys of a chunk, which tasks are multiples of.
-    pub chunk: usize,
 }
 
 /// Makes `fn kernels<T>() -> Kernels<T>` for an engine, each kernel compiled with the given features.
@@ -174,12 +169,12 @@ macro_rules! compile_kernels {
             unsafe fn decode_merge<T: flashattn_spec::Element>(
                 cx: &forward::Context<'_, T>,
                 out: &forward::Target<T>,
-                first: &decode::Task,
-                parts: $crate::memory::Shared<f32>,
-                count: usize,
+                batch: usize,
+                kv_head: usize,
+                parts: decode::Parts,
             ) {
                 // SAFETY: the contract is the same.
-                unsafe { decode::merge::<$vector>(cx, out, first, parts, count) }
+                unsafe { decode::merge::<$vector>(cx, out, batch, kv_head, parts) }
             }
             $(#[target_feature(enable = $feature)])?
             unsafe fn forward_tile<T: flashattn_spec::Element>(
@@ -228,8 +223,6 @@ macro_rules! compile_kernels {
                     task: decode_task::<T>,
                     merge: decode_merge::<T>,
                     workspace: decode::Workspace::new::<$vector>,
-                    part_len: decode::part_len::<<$vector as Engine>::S>,
-                    chunk: <$vector>::FORWARD.step,
                 },
                 prepare: <$engine>::PREPARE.then_some($crate::arch::Prepare {
                     chunk: prepare::<T>,

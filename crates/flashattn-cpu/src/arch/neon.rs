@@ -114,6 +114,15 @@ impl Simd for Neon {
         unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) }
     }
     #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const half::bf16) -> [float32x4_t; 2] {
+        // SAFETY: as above; `p` is valid for 8 elements of two bytes. The lower half of each word is the even one.
+        unsafe {
+            let both = vreinterpretq_u32_u16(vld1q_u16(p.cast()));
+            let odd = vandq_u32(both, vdupq_n_u32(0xffff_0000));
+            [vreinterpretq_f32_u32(vshlq_n_u32::<16>(both)), vreinterpretq_f32_u32(odd)]
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(p: *const f32) {
         // SAFETY: a prefetch does not access memory. Its intrinsic is not stable.
         unsafe { asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) }

@@ -87,6 +87,12 @@ impl Simd for Scalar {
         unsafe { p.cast::<[u16; 4]>().read_unaligned() }.map(|h| f32::from_bits(u32::from(h) << 16))
     }
     #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const half::bf16) -> [[f32; 4]; 2] {
+        // SAFETY: `p` is valid for 8 elements of two bytes.
+        let all = unsafe { p.cast::<[half::bf16; 8]>().read_unaligned() };
+        [from_fn(|i| all[2 * i].to_f32()), from_fn(|i| all[2 * i + 1].to_f32())]
+    }
+    #[inline(always)]
     unsafe fn transpose(src: *const f32, src_stride: usize, dst: *mut f32, dst_stride: usize) {
         // SAFETY: the caller's pointers cover 4 rows of 4 elements.
         unsafe {

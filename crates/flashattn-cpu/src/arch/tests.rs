@@ -194,6 +194,14 @@ unsafe fn widening<S: Simd>() {
             assert!(same(b, bf16::from_bits(bits).to_f32()), "bf16 {bits:#06x}: {b:e}");
         }
     }
+    for bits in bits.chunks_exact(2 * S::LANES) {
+        // SAFETY: as above; a chunk is two vectors of two-byte elements.
+        let pair = unsafe { S::load_bf16_pair(bits.as_ptr().cast()).map(|x| lanes::<S>(x)) };
+        for (i, &bits) in bits.iter().enumerate() {
+            let got = pair[i % 2][i / 2];
+            assert!(same(got, bf16::from_bits(bits).to_f32()), "of a pair, bf16 {bits:#06x}: {got:e}");
+        }
+    }
 }
 
 #[inline(always)]
@@ -217,6 +225,11 @@ unsafe fn transpose<S: Simd>() {
     }
     for (i, &got) in block.iter().enumerate() {
         assert_eq!(got, (i % l * l + i / l) as f32, "in place, {i}");
+    }
+    // SAFETY: as above; the block is LANES vectors.
+    let sums = unsafe { lanes::<S>(S::sums(block.as_ptr())) };
+    for (vector, got) in block.chunks_exact(l).zip(sums) {
+        assert_eq!(got, vector.iter().sum::<f32>(), "small whole numbers have an exact sum");
     }
 }
 
