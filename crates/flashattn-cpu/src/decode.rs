@@ -49,8 +49,13 @@ pub fn suits(problem: &AttentionProblem) -> bool {
 /// after the other, so that memory is read in order; as many as leave the chunk in L2.
 pub fn heads_together<T: Element>(problem: &AttentionProblem, inputs: &Inputs<'_, T>) -> usize {
     let apart = [&inputs.k, &inputs.v].iter().any(|x| x.strides()[2] > x.strides()[1]);
+    if apart { 1 } else { most_together::<T>(problem) }
+}
+
+/// The most KV heads that a task takes, however the tensors lie.
+pub fn most_together<T: Element>(problem: &AttentionProblem) -> usize {
     let bytes = CHUNK * (problem.head_dim + problem.head_dim_v) * size_of::<T>();
-    if apart { 1 } else { ((1 << 20) / bytes).clamp(1, problem.heads_kv.max(1)) }
+    ((1 << 20) / bytes).clamp(1, problem.heads_kv.max(1))
 }
 
 /// All tasks; those of the same KV heads follow one another.

@@ -400,12 +400,19 @@ impl Plan {
         // `Plan::new` has refused types without kernels.
         let Ok(kernels) = kernels::<T>(self.isa) else { return 0 };
         let (tasks, scratch, shared) = if decode::suits(problem) {
-            // So many heads have one task each, whose list need not be made to count them.
-            let heads = problem.batch.saturating_mul(problem.heads_kv);
-            let few = heads <= 4096;
-            let tasks = if few { decode::tasks(problem, kernels.decode.chunk).len() } else { heads };
-            let scratch = bytes_of(|| (kernels.decode.workspace)(problem));
-            (tasks, scratch, tasks.saturating_mul((kernels.decode.part_len)(problem)))
+            // How tasks are cut depends on how the tensors lie: heads together or one by one.
+            let parts = |together: usize| {
+                // So many heads have one task each, whose list need not be made to count them.
+                let heads = problem.batch.saturating_mul(problem.heads_kv);
+                let tasks = if heads <= 4096 {
+                    decode::tasks(problem, together).len()
+                } else {
+                    heads.div_ceil(together)
+                };
+                (tasks, tasks.saturating_mul(together).saturating_mul(decode::part_len(problem)))
+            };
+            let (one, all) = (parts(1), parts(decode::most_together::<T>(problem)));
+            (one.0.max(all.0), bytes_of(|| (kernels.decode.workspace)(problem)), one.1.max(all.1))
         } else {
             let tasks = sum_over_sequences(problem, |s| {
                 s.seqlen_q.div_ceil(self.tile).saturating_mul(problem.heads_q)
