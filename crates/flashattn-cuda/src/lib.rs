@@ -5,6 +5,7 @@
 //! [`Error::NoDriver`], and nothing of CUDA is needed to build.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+pub mod config;
 mod device;
 mod driver;
 mod error;
@@ -12,6 +13,7 @@ pub mod kernels;
 mod launch;
 mod memory;
 mod module;
+pub mod plan;
 mod tensor_map;
 pub mod timing;
 
