@@ -26,13 +26,22 @@ pub const FORWARD_SM90: [Tiles; 3] = [
     Tiles { head_dim: 256, consumers: 2, tile_n: 80, stages: 2, q_in_registers: false },
 ];
 
+/// The same for kernels with a mask's program, a score mod or dropout. These take registers for each key of a block, so
+/// blocks are narrower and Q stays in shared memory: without spills, by ptxas 13.0; not yet tuned by measurement.
+pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
+    Tiles { head_dim: 64, consumers: 2, tile_n: 80, stages: 3, q_in_registers: false },
+    Tiles { head_dim: 128, consumers: 2, tile_n: 64, stages: 2, q_in_registers: false },
+    Tiles { head_dim: 256, consumers: 2, tile_n: 48, stages: 2, q_in_registers: false },
+];
+
 /// Part of an H100's L2 (50 MB in two halves) that the keys and values of heads which run at the same time may fill.
 const L2_BYTES: u64 = 32 << 20;
 
-/// The row for these head dimensions; `None` if both or one are beyond the table.
-pub fn forward_sm90(head_dim: usize, head_dim_v: usize) -> Option<Tiles> {
+/// The row for these head dimensions, and whether there are programs or dropout; `None` if one of them is beyond the table.
+pub fn forward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Option<Tiles> {
     let larger = head_dim.max(head_dim_v);
-    FORWARD_SM90.into_iter().find(|row| larger <= row.head_dim as usize)
+    let table = if programs { FORWARD_SM90_PROGRAMS } else { FORWARD_SM90 };
+    table.into_iter().find(|row| larger <= row.head_dim as usize)
 }
 
 /// How many (head, sequence) pairs walk along together, so that what they read of K and V stays in L2: a power of two of
@@ -48,22 +57,23 @@ mod tests {
 
     #[test]
     fn rows_are_chosen_by_the_larger_dimension() {
-        assert_eq!(forward_sm90(64, 1), Some(FORWARD_SM90[0]));
-        assert_eq!(forward_sm90(40, 65), Some(FORWARD_SM90[1]));
-        assert_eq!(forward_sm90(192, 128), Some(FORWARD_SM90[2]));
-        assert_eq!(forward_sm90(257, 8), None);
-        assert_eq!(forward_sm90(8, 257), None);
+        assert_eq!(forward_sm90(64, 1, false), Some(FORWARD_SM90[0]));
+        assert_eq!(forward_sm90(40, 65, false), Some(FORWARD_SM90[1]));
+        assert_eq!(forward_sm90(192, 128, true), Some(FORWARD_SM90_PROGRAMS[2]));
+        assert_eq!(forward_sm90(257, 8, false), None);
+        assert_eq!(forward_sm90(8, 257, true), None);
     }
 
     #[test]
     fn every_pair_of_dimensions_fits_in_shared_memory() {
         for d in (8..=256).step_by(8) {
             for dv in (8..=256).step_by(8) {
-                let tiles = forward_sm90(d, dv).expect("up to 256");
                 // Panels of 64 elements; barriers and the tile's numbers are less than a KiB, alignment as much.
                 let wide = |d: usize| d.next_multiple_of(64) as u32 * 2;
-                let (q, kv) = (64 * tiles.consumers * wide(d), tiles.tile_n * (wide(d) + wide(dv)));
-                assert!(q + tiles.stages * kv + 2048 <= 227 * 1024, "{d} {dv}");
+                for tiles in [false, true].map(|programs| forward_sm90(d, dv, programs).expect("up to 256")) {
+                    let (q, kv) = (64 * tiles.consumers * wide(d), tiles.tile_n * (wide(d) + wide(dv)));
+                    assert!(q + tiles.stages * kv + 2048 <= 227 * 1024, "{d} {dv}");
+                }
             }
         }
     }

@@ -28,20 +28,17 @@ pub enum Feature {
     Size,
     /// The backward pass.
     Gradients,
-    /// A value of V that is not finite, in a block of keys that not all of a tile's queries see.
-    NotFinite,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 7] = [
+    pub const ALL: [Feature; 6] = [
         Feature::DType,
         Feature::HeadDim,
         Feature::Stride,
         Feature::Address,
         Feature::Size,
         Feature::Gradients,
-        Feature::NotFinite,
     ];
 
     /// As errors call it.
@@ -53,7 +50,6 @@ impl Feature {
             Feature::Address => "address",
             Feature::Size => "size",
             Feature::Gradients => "gradients",
-            Feature::NotFinite => "not finite",
         }
     }
 }
@@ -197,7 +193,7 @@ impl ForwardPlan {
         }
         plan.tables("mask", by_blocks)?;
         plan.tables("score mod", lowered.score_mod)?;
-        plan.options(problem);
+        plan.options(problem, strides);
         Ok(plan)
     }
 
@@ -257,20 +253,13 @@ impl ForwardPlan {
             };
             self.arguments.push(argument);
         }
-        let [b, n, h, d] = problem.o_shape();
+        let [b, n, h, _] = problem.o_shape();
         let [sb, sn, sh, _] = strides.o;
-        // Columns are stored in pairs.
-        for (dim, size, stride) in [("batch", b, sb), ("seqlen", n, sn), ("heads", h, sh), ("head_dim", 2, d)]
-        {
+        for (dim, size, stride) in [("batch", b, sb), ("seqlen", n, sn), ("heads", h, sh)] {
+            // Columns are stored in pairs.
             if size > 1 && !stride.is_multiple_of(2) {
-                return unsupported(
-                    Feature::Stride,
-                    format!(
-                        "o with a {} {stride}",
-                        if dim == "head_dim" { "row of".to_owned() } else { format!("{dim} stride of") }
-                    ),
-                    "an even number of elements",
-                );
+                let got = format!("o with a {dim} stride of {stride} elements");
+                return unsupported(Feature::Stride, got, "an even number");
             }
         }
         self.arguments.extend([Tensor::O, Tensor::Lse, Tensor::Counter].map(Argument::Address));
@@ -341,8 +330,8 @@ impl ForwardPlan {
         Ok(())
     }
 
-    /// Dropout, sinks, packed sequences.
-    fn options(&mut self, problem: &AttentionProblem) {
+    /// Dropout, sinks, packed sequences, what to repair from.
+    fn options(&mut self, problem: &AttentionProblem, strides: &Strides) {
         if let Some(dropout) = problem.dropout.filter(|_| self.config.dropout) {
             let [low, high] = philox::key(dropout.seed);
             self.arguments.extend([low, high, philox::threshold(dropout.p)].map(Argument::U32));
@@ -358,6 +347,13 @@ impl ForwardPlan {
                 let words = offsets.iter().map(|&x| x as u32).collect();
                 let address = self.upload(name.to_owned(), Data::Words(words));
                 self.arguments.push(address);
+            }
+        }
+        if self.config.repair {
+            for (tensor, strides) in [(Tensor::Q, strides.q), (Tensor::K, strides.k), (Tensor::V, strides.v)]
+            {
+                self.arguments.push(Argument::Address(tensor));
+                self.arguments.extend(strides[..3].iter().map(|&x| Argument::U64(x as u64)));
             }
         }
     }
@@ -387,7 +383,9 @@ fn configure(
         DType::F16 => Element::F16,
         other => return unsupported(Feature::DType, other.to_string(), "bf16 or f16"),
     };
-    let Some(tiles) = config::forward_sm90(p.head_dim, p.head_dim_v) else {
+    let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
+    let programs = dropout || mask.is_some() || score_mod.is_some();
+    let Some(tiles) = config::forward_sm90(p.head_dim, p.head_dim_v, programs) else {
         let most = config::FORWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
         return unsupported(Feature::HeadDim, got, format!("at most {most} each"));
@@ -413,9 +411,10 @@ fn configure(
         mask_program: program(mask),
         score_mod: program(score_mod),
         prescaled: score_mod.is_some() || p.scale() <= 0.0,
-        dropout: p.dropout.is_some_and(|dropout| dropout.p > 0.0),
+        dropout,
         sinks: p.sinks,
         varlen: p.varlen.is_some(),
+        repair: p.varlen.is_some() || band != Some([None, None]),
     })
 }
 
