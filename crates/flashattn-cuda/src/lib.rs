@@ -1,4 +1,5 @@
-//! Attention on NVIDIA GPUs. At present: the thin layer that compiles and launches kernels of the [`ptx`] crate.
+//! Attention on NVIDIA GPUs. At present: the forward kernel and its plans ([`plan`]), which the emulator runs, and the thin
+//! layer that compiles and launches kernels of the [`ptx`] crate.
 //!
 //! [`Device`] → [`Module::load`] (verify, emit, the driver's compiler) → [`Module::launch`] on a [`Stream`] with typed
 //! [`Arg`]s; [`timing`] measures. The driver is loaded at run time: without one, [`Device::open`] returns

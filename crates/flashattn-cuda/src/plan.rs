@@ -448,3 +448,123 @@ fn tma_stride(tensor: Tensor, dim: &str, stride: usize) -> Result<u64, PlanError
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dense(p: &AttentionProblem) -> Strides {
+        let strides = flashattn_spec::tensor::contiguous_strides;
+        Strides {
+            q: strides(p.q_shape()),
+            k: strides(p.k_shape()),
+            v: strides(p.v_shape()),
+            o: strides(p.o_shape()),
+        }
+    }
+
+    fn plan(p: &AttentionProblem) -> ForwardPlan {
+        let plan = ForwardPlan::new(p, &dense(p)).unwrap();
+        // One argument for each parameter, of its kind.
+        let kernel = crate::kernels::flash_fwd_sm90(&plan.config);
+        assert_eq!(plan.arguments.len(), kernel.params.len());
+        for (argument, param) in plan.arguments.iter().zip(&kernel.params) {
+            use ptx::kernel::ParamKind::{F32, S32, TensorMap, U32, U64};
+            let kind = match argument {
+                Argument::U32(_) => U32,
+                Argument::S32(_) => S32,
+                Argument::F32(_) => F32,
+                Argument::U64(_) | Argument::Address(_) => U64,
+                Argument::TensorMap(..) => TensorMap,
+            };
+            assert_eq!(param.kind, kind, "{}", param.name);
+        }
+        plan
+    }
+
+    fn refusal(p: &AttentionProblem) -> String {
+        ForwardPlan::new(p, &dense(p)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_not_taken_is_named_with_its_limit() {
+        let p = AttentionProblem::new(1, 64, 2, 64, DType::Bf16);
+        let expected = "is not supported by flash_fwd_sm90; expected";
+        let other = AttentionProblem { dtype: DType::F32, ..p.clone() };
+        assert_eq!(refusal(&other), format!("dtype: f32 {expected} bf16 or f16"));
+        let other = AttentionProblem { head_dim_v: 264, ..p.clone() };
+        let got = "head dimension: head_dim 64, head_dim_v 264";
+        assert_eq!(refusal(&other), format!("{got} {expected} at most 256 each"));
+        let other = AttentionProblem { head_dim: 36, ..p.clone() };
+        let got = "stride: Q with a heads stride of 72 bytes";
+        let seqlen = ForwardPlan::new(&other, &Strides { q: [0, 72, 36, 1], ..dense(&other) })
+            .unwrap_err()
+            .to_string();
+        assert_eq!(seqlen, format!("{got} {expected} a multiple of 16 below 2^40"));
+        let error = ForwardPlan::new(&p, &Strides { o: [0, 129, 64, 1], ..dense(&p) }).unwrap_err();
+        let got = "stride: o with a seqlen stride of 129 elements";
+        assert_eq!(error.to_string(), format!("{got} {expected} an even number"));
+        let error = plan(&p).check_address(Tensor::K, 0x1008).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            format!("address: K at address 0x1008 {expected} a multiple of 16 bytes")
+        );
+        assert!(
+            matches!(refusal(&AttentionProblem { heads_kv: 3, ..p }).as_str(), text if text.contains("heads_kv"))
+        );
+    }
+
+    #[test]
+    fn masks_become_bands_or_lists() {
+        let mut p = AttentionProblem::new(2, 300, 2, 64, DType::F16);
+        let signed = |plan: &ForwardPlan| -> Vec<i32> {
+            let only = |a: &Argument| if let Argument::S32(x) = a { Some(*x) } else { None };
+            plan.arguments.iter().filter_map(only).collect()
+        };
+        let full = plan(&p);
+        assert_eq!(
+            (full.config.mask, full.config.repair),
+            (MaskKind::Band { left: false, right: false }, false)
+        );
+        assert_eq!((full.tiles, full.grid(132), full.grid(5)), (12, 12, 5));
+        p.mask = Mask::Causal;
+        assert_eq!(signed(&plan(&p)), [0]);
+        assert!(plan(&p).config.repair);
+        // A reach beyond all keys is cut: the kernel's sums stay small.
+        p.mask = Mask::window(1 << 29, 7);
+        assert_eq!(signed(&plan(&p)), [300, 7]);
+        p.mask = Mask::chunked(128);
+        let blocks = plan(&p);
+        assert_eq!((blocks.config.mask, signed(&blocks)), (MaskKind::Blocks, vec![]));
+        let words = |i: usize| cast_slice::<u8, u32>(blocks.uploads[i].bytes()).to_vec();
+        let (rows, runs) = (words(0), words(1));
+        assert_eq!(rows.len(), 4 * blocks.tiles as usize);
+        // Both heads of both sequences share the runs of three rows of 128 queries: of 80 keys, 0 to 128 are 2 blocks.
+        assert_eq!(rows[..12], rows[36..]);
+        assert_eq!((rows[2], runs.len() / 2), (2, rows[1] as usize + rows[5] as usize + rows[9] as usize));
+        assert_eq!((runs[0] & 0x7fff_ffff, runs[2 * rows[1] as usize - 1]), (0, 2));
+    }
+
+    #[test]
+    fn options_have_their_arguments() {
+        let mut p = AttentionProblem::new(2, 100, 4, 64, DType::Bf16).with_varlen(&[0, 30, 100], &[0, 0, 77]);
+        p.sinks = true;
+        p.dropout = Some(flashattn_spec::Dropout { p: 0.5, seed: 3 << 32 | 9 });
+        p.score_mod = flashattn_spec::score_mod::ScoreMod::alibi(&[1.0; 4]).unwrap();
+        let plan = plan(&p);
+        let names: Vec<&str> = plan.uploads.iter().map(|upload| upload.name.as_str()).collect();
+        assert_eq!(names, ["score mod table 0", "cu_seqlens_q", "cu_seqlens_k"]);
+        assert!(plan.config.prescaled && plan.config.repair && plan.config.varlen && plan.config.sinks);
+        for expected in
+            [Argument::U32(9), Argument::U32(3), Argument::F32(2.0), Argument::Address(Tensor::Sinks)]
+        {
+            assert!(plan.arguments.contains(&expected), "{expected:?}");
+        }
+        p.softmax_scale = Some(-1.0);
+        p.score_mod = flashattn_spec::score_mod::ScoreMod::None;
+        assert!(super::tests::plan(&p).config.prescaled);
+        // No queries: nothing to launch.
+        let none = AttentionProblem::new(0, 100, 4, 64, DType::Bf16);
+        assert_eq!(super::tests::plan(&none).tiles, 0);
+    }
+}
