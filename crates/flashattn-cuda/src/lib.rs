@@ -1,10 +1,12 @@
-//! Attention on NVIDIA GPUs. At present: the thin layer that compiles and launches kernels of the [`ptx`] crate.
+//! Attention on NVIDIA GPUs. At present: the forward kernel and its plans ([`plan`]), which the emulator runs, and the thin
+//! layer that compiles and launches kernels of the [`ptx`] crate.
 //!
 //! [`Device`] → [`Module::load`] (verify, emit, the driver's compiler) → [`Module::launch`] on a [`Stream`] with typed
 //! [`Arg`]s; [`timing`] measures. The driver is loaded at run time: without one, [`Device::open`] returns
 //! [`Error::NoDriver`], and nothing of CUDA is needed to build.
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+pub mod config;
 mod device;
 mod driver;
 mod error;
@@ -12,6 +14,7 @@ pub mod kernels;
 mod launch;
 mod memory;
 mod module;
+pub mod plan;
 mod tensor_map;
 pub mod timing;
 

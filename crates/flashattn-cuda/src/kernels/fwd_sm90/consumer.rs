@@ -3,9 +3,10 @@
 use std::f32::consts::{LN_2, LOG2_E};
 
 use ptx::build::{Builder, Half, Reg};
-use ptx::instr::{Accumulator, WgmmaShape};
+use ptx::instr::{Accumulator, Element, WgmmaShape};
 use ptx::{B32, Fragment, PipelineState, WgmmaA};
 
+use super::repair::RowEnd;
 use super::work::{Blocks, Work, WorkTile};
 use super::{FwdConfig, Params, Shared};
 use crate::kernels::fragment::Scores;
@@ -13,8 +14,8 @@ use crate::kernels::program::Place;
 
 /// Statistics of the thread's two rows, in base 2: the reference that exponents are taken against (once any key was
 /// seen), and this thread's share of the row sum.
-struct OnlineSoftmax<'k> {
-    reference: [Reg<'k, f32>; 2],
+pub(super) struct OnlineSoftmax<'k> {
+    pub reference: [Reg<'k, f32>; 2],
     row_sum: [Reg<'k, f32>; 2],
     /// Whether a row of the warp has a new reference, and by what O is to be multiplied then.
     moved: Reg<'k, bool>,
@@ -23,14 +24,14 @@ struct OnlineSoftmax<'k> {
 
 /// A consumer warpgroup: its place and its operands.
 pub(super) struct Consumer<'a, 'k, H> {
-    k: &'k Builder,
-    config: &'a FwdConfig,
-    params: &'a Params<'k>,
+    pub(super) k: &'k Builder,
+    pub(super) config: &'a FwdConfig,
+    pub(super) params: &'a Params<'k>,
     work: &'a Work<'a, 'k>,
     shared: &'a Shared<'k>,
     /// What scores are multiplied by before `ex2`.
-    scale: Reg<'k, f32>,
-    lane: Reg<'k, u32>,
+    pub(super) scale: Reg<'k, f32>,
+    pub(super) lane: Reg<'k, u32>,
     /// Which consumer, from 0.
     group: Reg<'k, u32>,
     /// The thread's first row in the work tile, and its first column in a fragment.
@@ -41,10 +42,10 @@ pub(super) struct Consumer<'a, 'k, H> {
     partial: Reg<'k, bool>,
     /// Q, by k step; empty if Q stays in shared memory.
     q: Vec<[Reg<'k, H>; 4]>,
-    o: Fragment<'k>,
+    pub(super) o: Fragment<'k>,
     s: Fragment<'k>,
     p: Vec<[Reg<'k, H>; 4]>,
-    softmax: OnlineSoftmax<'k>,
+    pub(super) softmax: OnlineSoftmax<'k>,
 }
 
 impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
@@ -258,7 +259,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
-    fn place(&self, tile: &WorkTile<'k>) -> Scores<'_, 'k> {
+    pub(super) fn place(&self, tile: &WorkTile<'k>) -> Scores<'_, 'k> {
         let signed = |r: Reg<'k, u32>| r.bits::<i32>();
         // Counted over all sequences: packed ones begin where cu_seqlens says.
         let start = |row: Reg<'k, u32>, length: Reg<'k, u32>| {
@@ -375,12 +376,12 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let o = wide(batch) * by_batch + wide(tile.head) * by_head + wide(self.column);
         let lse = wide(batch) * params.lse_strides[0] + wide(tile.head) * params.lse_strides[1];
         let sink = params.sinks.map(|sinks| tile.head.mad_wide(4, sinks).address().load::<f32>() * LOG2_E);
-        for half in 0..2 {
+        let ends = [0, 1].map(|half| {
             let row = tile.m_block * config.tile_m() + self.row + 8 * half as u32;
             let share = self.softmax.row_sum[half];
             let pair = share + share.shfl_bfly(1);
             let (mut sum, mut reference) = (pair + pair.shfl_bfly(2), self.softmax.reference[half]);
-            let mut factor = None;
+            let (seen, mut factor) = (sum, None);
             if let Some(sink) = sink {
                 // The sink is one more key without a value.
                 let most = reference.max(sink);
@@ -406,15 +407,33 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 let at = ((o + row * by_row) * 2 + params.o).address();
                 for i in (0..self.o.registers.len()).filter(|&i| i % 2 == 0 && Fragment::half(i) == half) {
                     let offset = Fragment::column_offset(i);
-                    let pair = k.pack::<H>(self.o.registers[i] * inverse, self.o.registers[i + 1] * inverse);
+                    let [low, high] = [0, 1].map(|next| self.o.registers[i + next] * inverse);
+                    let pair = k.pack::<H>(low, high);
                     let at = at.at(2 * offset as i32);
-                    if offset + 8 <= config.head_dim_v {
+                    let left = config.head_dim_v.saturating_sub(offset);
+                    if left >= 8 {
                         at.store(pair);
-                    } else {
-                        k.when(self.column.lt(config.head_dim_v.saturating_sub(offset)), || at.store(pair));
+                        continue;
+                    }
+                    // The last columns; of an odd number the last alone.
+                    k.when((self.column + 1).lt(left), || at.store(pair));
+                    if left % 2 == 1 {
+                        k.when(self.column.eq(left - 1), || at.store(half_bits::<H>(low)));
                     }
                 }
             });
+            RowEnd { seen, inverse }
+        });
+        if config.repair {
+            self.repair(tile, ends);
         }
+    }
+}
+
+/// The bits of one 16-bit float, rounded.
+pub(super) fn half_bits<'k, H: Half>(value: Reg<'k, f32>) -> Reg<'k, u16> {
+    match H::ELEMENT {
+        Element::F16 => value.to_f16(),
+        _ => value.to_bf16(),
     }
 }

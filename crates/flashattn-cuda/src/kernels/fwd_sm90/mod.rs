@@ -22,6 +22,7 @@
 //! 5. Scores are kept in base 2: `scale·log2(e)` goes into the one multiply-add before `ex2`.
 
 mod consumer;
+mod repair;
 mod work;
 
 use flashattn_spec::expr::Program;
@@ -31,6 +32,7 @@ use ptx::{BF16x2, F16x2, Kernel, Pipeline, Target, TensorMap, TileLayout, build}
 
 use super::program::TableArgs;
 use consumer::Consumer;
+use repair::GlobalTensor;
 use work::Work;
 
 /// How the kernel finds the blocks of keys that a tile of queries sees.
@@ -83,6 +85,9 @@ pub struct FwdConfig {
     pub sinks: bool,
     /// Whether sequences are packed.
     pub varlen: bool,
+    /// Whether rows of O that are not finite are computed again from what they see alone. Needed where a product may meet
+    /// keys that a row does not see: with any mask, and with packed sequences.
+    pub repair: bool,
 }
 
 /// Byte strides of a tensor's seqlen, heads and batch dimensions.
@@ -113,9 +118,12 @@ impl FwdConfig {
     }
 
     /// Registers a thread of the producer and of a consumer (`setmaxnreg`).
-    const fn registers(&self) -> (u8, u8) {
+    fn registers(&self) -> (u8, u8) {
+        // Lists of blocks and packed sequences are more for the producer to keep.
+        let lists = self.mask == MaskKind::Blocks || self.varlen;
         match self.consumers {
             1 => (56, 240),
+            2 if lists => (40, 232),
             2 => (24, 240),
             3 => (32, 160),
             _ => (24, 112),
@@ -136,7 +144,7 @@ impl FwdConfig {
 
 /// Parameters that a launch gives, in this order: tensor maps `q`, `k`, `v`; then as the fields here (those of options
 /// only where the config has them; of a table its address and the sizes of its dimensions that are not 1).
-pub(super) struct Params<'k> {
+struct Params<'k> {
     /// Tensor maps.
     pub maps: [Address<'k, u64>; 3],
     /// Output, and lse in f32.
@@ -169,10 +177,12 @@ pub(super) struct Params<'k> {
     pub sinks: Option<Reg<'k, u64>>,
     /// cu_seqlens of q and k (i32).
     pub cu_seqlens: Option<[Reg<'k, u64>; 2]>,
+    /// q, k and v, to repair from: of each the address and the strides of batch, row and head, in elements.
+    pub inputs: Option<[GlobalTensor<'k>; 3]>,
 }
 
 /// What dropout needs.
-pub(super) struct Dropout<'k> {
+struct Dropout<'k> {
     /// Low and high half.
     pub seed: [Reg<'k, u32>; 2],
     /// Words below it drop.
@@ -207,6 +217,12 @@ impl<'k> Params<'k> {
         let sinks = config.sinks.then(|| k.param_ptr("sinks"));
         let cu_seqlens =
             config.varlen.then(|| ["cu_seqlens_q", "cu_seqlens_k"].map(|name| k.param_ptr(name)));
+        let inputs = config.repair.then(|| {
+            ["q", "k", "v"].map(|name| GlobalTensor {
+                data: k.param_ptr(&format!("{name}_data")),
+                strides: ["batch", "row", "head"].map(|dim| k.param_ptr(&format!("{name}_{dim}"))),
+            })
+        });
         Params {
             maps,
             o,
@@ -228,6 +244,7 @@ impl<'k> Params<'k> {
             dropout,
             sinks,
             cu_seqlens,
+            inputs,
         }
     }
 }

@@ -1,0 +1,88 @@
+//! The one tuning table: which tiles the forward kernel takes for which head dimensions.
+
+/// Tiles of the forward kernel for head dimensions up to a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Largest head_dim and head_dim_v of this row.
+    pub head_dim: u32,
+    /// Consumer warpgroups, 64 rows of q each.
+    pub consumers: u32,
+    /// Keys of a block.
+    pub tile_n: u32,
+    /// Stages of the K and of the V pipeline.
+    pub stages: u32,
+    /// Q as register fragments.
+    pub q_in_registers: bool,
+}
+
+/// Rows by ascending head dimension; a problem takes the first that has room for its larger one. All were chosen on an H100
+/// SXM (bf16, full and causal, 512 to 16k tokens); the record of the runs is pending.
+pub const FORWARD_SM90: [Tiles; 3] = [
+    // Bound by the exponent unit: a third stage, which shared memory has room for, is worth 5 % on short sequences.
+    Tiles { head_dim: 64, consumers: 2, tile_n: 128, stages: 3, q_in_registers: true },
+    // Q in registers takes half of QKᵀ's reads from shared memory away; with it, 128 is the widest tile_n without spills.
+    Tiles { head_dim: 128, consumers: 2, tile_n: 128, stages: 2, q_in_registers: true },
+    // O alone takes 128 registers, so Q stays in shared memory; of that, 80 keys in two stages are what is left.
+    Tiles { head_dim: 256, consumers: 2, tile_n: 80, stages: 2, q_in_registers: false },
+];
+
+/// The same for kernels with a mask's program, a score mod or dropout. These take registers for each key of a block, so
+/// blocks are narrower and Q stays in shared memory: without spills, by ptxas 13.0; not yet tuned by measurement.
+pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
+    Tiles { head_dim: 64, consumers: 2, tile_n: 80, stages: 3, q_in_registers: false },
+    Tiles { head_dim: 128, consumers: 2, tile_n: 64, stages: 2, q_in_registers: false },
+    Tiles { head_dim: 256, consumers: 2, tile_n: 48, stages: 2, q_in_registers: false },
+];
+
+/// Part of an H100's L2 (50 MB in two halves) that the keys and values of heads which run at the same time may fill.
+const L2_BYTES: u64 = 32 << 20;
+
+/// The row for these head dimensions, and whether there are programs or dropout; `None` if one of them is beyond the table.
+pub fn forward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Option<Tiles> {
+    let larger = head_dim.max(head_dim_v);
+    let table = if programs { FORWARD_SM90_PROGRAMS } else { FORWARD_SM90 };
+    table.into_iter().find(|row| larger <= row.head_dim as usize)
+}
+
+/// How many (head, sequence) pairs walk along together, so that what they read of K and V stays in L2: a power of two of
+/// KV heads, of `bytes` each, with all `group` query heads that share them.
+pub fn head_group(bytes: u64, group: u64) -> u64 {
+    let fit = L2_BYTES / bytes.max(1);
+    (1 << fit.max(1).ilog2().min(16)) * group
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_chosen_by_the_larger_dimension() {
+        assert_eq!(forward_sm90(64, 1, false), Some(FORWARD_SM90[0]));
+        assert_eq!(forward_sm90(40, 65, false), Some(FORWARD_SM90[1]));
+        assert_eq!(forward_sm90(192, 128, true), Some(FORWARD_SM90_PROGRAMS[2]));
+        assert_eq!(forward_sm90(257, 8, false), None);
+        assert_eq!(forward_sm90(8, 257, true), None);
+    }
+
+    #[test]
+    fn every_pair_of_dimensions_fits_in_shared_memory() {
+        for d in (8..=256).step_by(8) {
+            for dv in (8..=256).step_by(8) {
+                // Panels of 64 elements; barriers and the tile's numbers are less than a KiB, alignment as much.
+                let wide = |d: usize| d.next_multiple_of(64) as u32 * 2;
+                for tiles in [false, true].map(|programs| forward_sm90(d, dv, programs).expect("up to 256")) {
+                    let (q, kv) = (64 * tiles.consumers * wide(d), tiles.tile_n * (wide(d) + wide(dv)));
+                    assert!(q + tiles.stages * kv + 2048 <= 227 * 1024, "{d} {dv}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn groups_fill_l2() {
+        assert_eq!(head_group(2 << 20, 1), 16);
+        assert_eq!(head_group(3 << 20, 4), 8 * 4);
+        assert_eq!(head_group(1 << 40, 8), 8);
+        assert_eq!(head_group(0, 1), 1 << 16);
+    }
+}
