@@ -308,6 +308,7 @@ fn broken_inputs_in_the_emulator() {
 
 /// No spills, no warnings (such as serialised wgmma), for every config that the corpus asks for.
 #[test]
+#[ignore = "needs ptxas: bash tools/ptxas.sh"]
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
     // Of f16, which differs in the types of a few instructions, what has neither mask program nor score mod.
