@@ -15,12 +15,13 @@ pub struct Tiles {
     pub q_in_registers: bool,
 }
 
-/// Rows by ascending head dimension; a problem takes the first that has room for its larger one. All were chosen on an H100
-/// SXM (bf16, full and causal, 512 to 16k tokens); the record of the runs is pending.
+/// Rows by ascending head dimension; a problem takes the first that has room for its larger one. Chosen among a
+/// few tiles on an H100 SXM (bf16, full and causal, 512 to 16k tokens): `benches/record/h100-sxm/README.md`.
 pub const FORWARD_SM90: [Tiles; 3] = [
-    // Bound by the exponent unit: a third stage, which shared memory has room for, is worth 5 % on short sequences.
+    // The best at 512 tokens of those tried; from 2k tokens on three consumers with 128 keys were faster; whether
+    // `repair` fits their registers has not been tried.
     Tiles { head_dim: 64, consumers: 2, tile_n: 128, stages: 3, q_in_registers: true },
-    // Q in registers takes half of QKᵀ's reads from shared memory away; with it, 128 is the widest tile_n without spills.
+    // Q in registers takes half of QKᵀ's reads from shared memory away; tile_n 128 does not spill.
     Tiles { head_dim: 128, consumers: 2, tile_n: 128, stages: 2, q_in_registers: true },
     // O alone takes 128 registers, so Q stays in shared memory; of that, 80 keys in two stages are what is left.
     Tiles { head_dim: 256, consumers: 2, tile_n: 80, stages: 2, q_in_registers: false },

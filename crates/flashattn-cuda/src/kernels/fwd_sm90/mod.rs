@@ -12,7 +12,8 @@
 //!     O += P·V of the last block; O / l, lse
 //! ```
 //!
-//! Departures, each for a measured reason (`shared/hopper-facts.md`):
+//! Departures, and why. A feasibility study found each to pay; what taking one out of this kernel costs, where that was
+//! measured, is in `benches/record/h100-sxm/README.md`:
 //! 1. *Ping-pong*: named barriers let one warpgroup issue its products while the other is in its softmax.
 //! 2. *Lazy rescaling*: O and l are rescaled only when a row maximum has grown by more than 2⁸ since the reference was
 //!    taken, decided by a vote of the warp. Any reference gives the exact result, as the division by l takes it out again;
