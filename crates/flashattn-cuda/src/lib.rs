@@ -15,6 +15,7 @@ mod launch;
 mod memory;
 mod module;
 pub mod plan;
+pub mod stage;
 mod tensor_map;
 pub mod timing;
 
