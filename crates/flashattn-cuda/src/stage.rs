@@ -128,6 +128,11 @@ impl StagedPlan {
         index.map_or(Location::Caller, |i| self.places[i])
     }
 
+    /// The copies, in the order of [`StagedPlan::before`] and [`StagedPlan::after`].
+    pub fn copies(&self) -> impl Iterator<Item = &Copy> {
+        self.before.iter().chain(&self.after)
+    }
+
     /// Tensors that are copied because the kernel cannot take them where they lie.
     pub fn staged(&self) -> impl Iterator<Item = Tensor> {
         TENSORS.into_iter().filter(|&tensor| self.place(tensor) != Location::Caller)
