@@ -133,8 +133,19 @@ impl Forward {
     /// What is wrong with the problem; [`Error::Plan`] for what the kernels do not take, [`Error::Target`] for a GPU that they
     /// do not run on; the driver's.
     pub fn new(device: &Device, problem: &AttentionProblem) -> Result<Forward, Error> {
-        // Config and uploads depend on the problem alone, so any layout will do.
-        let plan = StagedPlan::new(problem, &Layout::dense(problem))?.forward;
+        Self::with_plan(device, problem, plan(problem)?)
+    }
+
+    /// As [`Forward::new`], for GPU `ordinal`. What the kernels do not take is refused even where there is no GPU.
+    ///
+    /// # Errors
+    /// As [`Forward::new`] and [`Device::open`].
+    pub fn open(ordinal: u32, problem: &AttentionProblem) -> Result<Forward, Error> {
+        let plan = plan(problem)?;
+        Self::with_plan(&Device::open(ordinal)?, problem, plan)
+    }
+
+    fn with_plan(device: &Device, problem: &AttentionProblem, plan: ForwardPlan) -> Result<Forward, Error> {
         let config = plan.config.clone();
         let module = match plan.tiles {
             0 => None,
@@ -446,6 +457,11 @@ impl Place<'_> {
         }
         Ok(())
     }
+}
+
+/// Config and uploads depend on the problem alone, so any layout will do.
+fn plan(problem: &AttentionProblem) -> Result<ForwardPlan, Error> {
+    Ok(StagedPlan::new(problem, &Layout::dense(problem))?.forward)
 }
 
 /// Nothing panics while it holds one of this module's locks in a state that others could not use.
