@@ -52,6 +52,14 @@ pub struct DeviceTensors<'a> {
     pub lse: DeviceSlice<'a>,
 }
 
+impl DeviceTensors<'_> {
+    /// How they lie: what [`Forward::prepare`], [`Forward::workspace`] and [`Forward::staged`] are asked about.
+    pub fn layout(&self) -> Layout {
+        let &DeviceTensors { q, k, v, o, lse } = self;
+        ForwardArgs { q, k, v, o, lse, sinks: None }.layout()
+    }
+}
+
 impl<T: Element> Plan<T> {
     /// The forward pass of a plan for [`Device::Cuda`], with what is particular to GPUs: its device and streams, workspaces,
     /// preparation for graphs, which tensors are copied because of how they lie.
