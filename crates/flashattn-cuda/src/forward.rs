@@ -264,10 +264,10 @@ impl Forward {
 
     fn failed(&self, error: Error) -> Error {
         match (&self.module, error) {
-            (Some(module), source @ Error::Driver { .. }) => Error::Kernel {
+            (Some(module), error @ Error::Driver { .. }) => Error::Kernel {
                 kernel: module.name().to_owned(),
                 config: format!("{:?}", self.config),
-                source: source.into(),
+                error: error.into(),
             },
             (_, error) => error,
         }

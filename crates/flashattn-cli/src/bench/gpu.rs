@@ -74,8 +74,6 @@ struct Row {
 /// # Errors
 /// What the GPU refuses, wrong results, and whatever prevents writing.
 pub fn run(args: &BenchArgs, ordinal: u32, cells: &[Cell]) -> Result<()> {
-    args.compute.options()?;
-    options::start_threads(args.compute.threads())?;
     let bar = options::progress(cells.len() as u64);
     let (mut rows, mut configs) = (Vec::<Row>::new(), Vec::new());
     for cell in cells {
