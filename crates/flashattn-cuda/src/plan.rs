@@ -93,7 +93,7 @@ pub enum Tensor {
     Lse,
     /// Sink logits, f32 by query head.
     Sinks,
-    /// One u32 that is 0 before the launch and after it.
+    /// [`ForwardPlan::counter_bytes`]; the first u32 is 0 before the launch and after it, the others may be anything.
     Counter,
     /// The plan's upload of this index.
     Upload(usize),
@@ -179,7 +179,8 @@ impl ForwardPlan {
         let lowered = problem.lower()?;
         let mask = band(problem, lowered.mask.is_some());
         let by_blocks = lowered.mask.filter(|_| mask.is_none());
-        let config = configure(problem, mask, &by_blocks, &lowered.score_mod)?;
+        let mut config = configure(problem, mask, &by_blocks, &lowered.score_mod)?;
+        config.wide_stores = o_strides(problem, strides).all(|(_, stride)| stride.is_multiple_of(4));
         let tiles = count(problem, &config)?;
         let mut plan = ForwardPlan { config, arguments: Vec::new(), uploads: Vec::new(), tiles };
         plan.tensors(problem, strides)?;
@@ -202,6 +203,11 @@ impl ForwardPlan {
         self.tiles.min(multiprocessors)
     }
 
+    /// Bytes of [`Tensor::Counter`]: the next tile's number; and for each tile the one that its block had before it.
+    pub fn counter_bytes(&self) -> u64 {
+        4 + 4 * u64::from(self.tiles)
+    }
+
     /// Checks that a tensor may lie at this address.
     ///
     /// # Errors
@@ -209,6 +215,7 @@ impl ForwardPlan {
     pub fn check_address(&self, tensor: Tensor, address: u64) -> Result<(), PlanError> {
         let align = match tensor {
             Tensor::Q | Tensor::K | Tensor::V => 16,
+            Tensor::O if self.config.wide_stores => 8,
             _ => 4,
         };
         if address.is_multiple_of(align) {
@@ -253,17 +260,16 @@ impl ForwardPlan {
             };
             self.arguments.push(argument);
         }
-        let [b, n, h, _] = problem.o_shape();
-        let [sb, sn, sh, _] = strides.o;
-        for (dim, size, stride) in [("batch", b, sb), ("seqlen", n, sn), ("heads", h, sh)] {
+        for (dim, stride) in o_strides(problem, strides) {
             // Columns are stored in pairs.
-            if size > 1 && !stride.is_multiple_of(2) {
+            if !stride.is_multiple_of(2) {
                 let got = format!("o with a {dim} stride of {stride} elements");
                 return unsupported(Feature::Stride, got, "an even number");
             }
         }
         self.arguments.extend([Tensor::O, Tensor::Lse, Tensor::Counter].map(Argument::Address));
         let [_, queries, heads, _] = problem.q_shape();
+        let [sb, sn, sh, _] = strides.o;
         let numbers = [sb, sn, sh, heads * queries, queries];
         self.arguments.extend(numbers.map(|x| Argument::U64(x as u64)));
         Ok(())
@@ -349,12 +355,9 @@ impl ForwardPlan {
                 self.arguments.push(address);
             }
         }
-        if self.config.repair {
-            for (tensor, strides) in [(Tensor::Q, strides.q), (Tensor::K, strides.k), (Tensor::V, strides.v)]
-            {
-                self.arguments.push(Argument::Address(tensor));
-                self.arguments.extend(strides[..3].iter().map(|&x| Argument::U64(x as u64)));
-            }
+        for (tensor, strides) in [(Tensor::Q, strides.q), (Tensor::K, strides.k), (Tensor::V, strides.v)] {
+            self.arguments.push(Argument::Address(tensor));
+            self.arguments.extend(strides[..3].iter().map(|&x| Argument::U64(x as u64)));
         }
     }
 }
@@ -414,7 +417,7 @@ fn configure(
         dropout,
         sinks: p.sinks,
         varlen: p.varlen.is_some(),
-        repair: p.varlen.is_some() || band != Some([None, None]),
+        wide_stores: false,
     })
 }
 
@@ -434,6 +437,12 @@ fn count(p: &AttentionProblem, config: &FwdConfig) -> Result<u32, PlanError> {
             "fewer than 2^31",
         ),
     }
+}
+
+/// The strides of o that count: of dimensions with more than one index.
+fn o_strides(p: &AttentionProblem, strides: &Strides) -> impl Iterator<Item = (&'static str, usize)> {
+    let dims = ["batch", "seqlen", "heads"].into_iter().zip(strides.o).zip(p.o_shape());
+    dims.filter(|(_, size)| *size > 1).map(|(dim, _)| dim)
 }
 
 /// A stride in bytes, as TMA takes it.
@@ -522,14 +531,10 @@ mod tests {
             plan.arguments.iter().filter_map(only).collect()
         };
         let full = plan(&p);
-        assert_eq!(
-            (full.config.mask, full.config.repair),
-            (MaskKind::Band { left: false, right: false }, false)
-        );
+        assert_eq!(full.config.mask, MaskKind::Band { left: false, right: false });
         assert_eq!((full.tiles, full.grid(132), full.grid(5)), (12, 12, 5));
         p.mask = Mask::Causal;
         assert_eq!(signed(&plan(&p)), [0]);
-        assert!(plan(&p).config.repair);
         // A reach beyond all keys is cut: the kernel's sums stay small.
         p.mask = Mask::window(1 << 29, 7);
         assert_eq!(signed(&plan(&p)), [300, 7]);
@@ -554,7 +559,7 @@ mod tests {
         let plan = plan(&p);
         let names: Vec<&str> = plan.uploads.iter().map(|upload| upload.name.as_str()).collect();
         assert_eq!(names, ["score mod table 0", "cu_seqlens_q", "cu_seqlens_k"]);
-        assert!(plan.config.prescaled && plan.config.repair && plan.config.varlen && plan.config.sinks);
+        assert!(plan.config.prescaled && plan.config.varlen && plan.config.sinks);
         for expected in
             [Argument::U32(9), Argument::U32(3), Argument::F32(2.0), Argument::Address(Tensor::Sinks)]
         {

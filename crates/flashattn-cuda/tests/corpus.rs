@@ -82,7 +82,10 @@ impl Executor for Emulator {
         // Outputs keep what they held, so that the suite sees what was not written, and what should not have been.
         let o_buffer = memory.upload("o", o.data());
         let lse_buffer = memory.upload("lse", outputs.lse);
-        let counter = memory.upload("counter", &[0u32]);
+        // Only the first is to be 0.
+        let mut words = vec![u32::MAX; plan.counter_bytes() as usize / 4];
+        words[0] = 0;
+        let counter = memory.upload("counter", &words);
         let sinks = memory.upload("sinks", inputs.sinks.unwrap_or(&[]));
         let uploads: Vec<_> = plan.uploads.iter().map(|up| memory.upload(&up.name, up.bytes())).collect();
         let buffer = |tensor| match tensor {
@@ -113,7 +116,7 @@ impl Executor for Emulator {
             ..Launch::default()
         };
         emulate(&kernel, &mut memory, &launch).map_err(failed)?;
-        if memory.read::<u32>(counter).map_err(failed)? != [0] {
+        if memory.read::<u32>(counter).map_err(failed)?[0] != 0 {
             return Err(ExecError::Failed("the tile counter is not back at 0".to_owned()));
         }
         outputs.o.data_mut().copy_from_slice(&memory.read::<T>(o_buffer).map_err(failed)?);
