@@ -10,7 +10,7 @@ use flashattn_spec::mask::Mask;
 use flashattn_spec::{AttentionProblem, DType, ProblemError, philox};
 use ptx::instr::Element;
 
-use crate::config;
+use crate::config::{self, Tiles};
 use crate::kernels::{FwdConfig, MaskKind};
 
 /// What the kernels of this crate do not take yet.
@@ -175,11 +175,24 @@ impl ForwardPlan {
     /// # Errors
     /// What is wrong with the problem, or what the kernel does not take.
     pub fn new(problem: &AttentionProblem, strides: &Strides) -> Result<ForwardPlan, PlanError> {
+        ForwardPlan::with_tiles(problem, strides, None)
+    }
+
+    /// As [`ForwardPlan::new`], with other tiles than the tuning table's.
+    ///
+    /// # Errors
+    /// As [`ForwardPlan::new`]. Tiles that do not fit the GPU's registers or shared memory are refused when the kernel is
+    /// loaded, or slow.
+    pub fn with_tiles(
+        problem: &AttentionProblem,
+        strides: &Strides,
+        tiles: Option<Tiles>,
+    ) -> Result<ForwardPlan, PlanError> {
         problem.validate()?;
         let lowered = problem.lower()?;
         let mask = band(problem, lowered.mask.is_some());
         let by_blocks = lowered.mask.filter(|_| mask.is_none());
-        let mut config = configure(problem, mask, &by_blocks, &lowered.score_mod)?;
+        let mut config = configure(problem, mask, &by_blocks, &lowered.score_mod, tiles)?;
         config.wide_stores = o_strides(problem, strides).all(|(_, stride)| stride.is_multiple_of(4));
         let tiles = count(problem, &config)?;
         let mut plan = ForwardPlan { config, arguments: Vec::new(), uploads: Vec::new(), tiles };
@@ -279,7 +292,8 @@ impl ForwardPlan {
     fn sizes(&mut self, p: &AttentionProblem) {
         let head_bytes = p.seqlen_k as u64 * (p.head_dim + p.head_dim_v) as u64 * 2;
         let pairs = (p.heads_q * p.batch) as u64;
-        let head_group = config::head_group(head_bytes, p.group() as u64).min(pairs.max(1));
+        let masked = self.config.mask != MaskKind::Band { left: false, right: false };
+        let head_group = config::head_group(head_bytes, p.group() as u64, masked).min(pairs.max(1));
         let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group as usize];
         // They fit: validated to be below 2³⁰, and the pairs are at most the tiles.
         self.arguments.extend(numbers.map(|x| Argument::U32(x as u32)));
@@ -380,6 +394,7 @@ fn configure(
     band: Option<[Option<usize>; 2]>,
     mask: &Option<Traced>,
     score_mod: &Option<Traced>,
+    tiles: Option<Tiles>,
 ) -> Result<FwdConfig, PlanError> {
     let element = match p.dtype {
         DType::Bf16 => Element::BF16,
@@ -388,7 +403,8 @@ fn configure(
     };
     let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
     let programs = dropout || mask.is_some() || score_mod.is_some();
-    let Some(tiles) = config::forward_sm90(p.head_dim, p.head_dim_v, programs) else {
+    let (head_dims, masked) = ([p.head_dim, p.head_dim_v], band != Some([None, None]));
+    let Some(tiles) = tiles.or_else(|| config::forward_sm90(head_dims, p.seqlen_k, masked, programs)) else {
         let most = config::FORWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
         return unsupported(Feature::HeadDim, got, format!("at most {most} each"));

@@ -49,6 +49,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     /// The block at hand, and whether some row sees a part of it only.
     n_block: Reg<'k, u32>,
     partial: Reg<'k, bool>,
+    /// Blocks of the tile, from the right, that none of this warpgroup's rows see, where there may be such.
+    hidden: Option<Reg<'k, u32>>,
     /// Q, by k step; empty if Q stays in shared memory.
     q: Vec<[Reg<'k, H>; 4]>,
     pub(super) o: Fragment<'k>,
@@ -77,6 +79,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             column: Fragment::column(k),
             n_block: k.reg(),
             partial: k.reg(),
+            hidden: config.hides_blocks().then(|| k.var(0u32)),
             q: fragments(if config.q_in_registers { config.head_dim.div_ceil(16) } else { 0 }),
             o: Fragment::new(k, config.head_dim_v.next_multiple_of(16)),
             s: Fragment::new(k, config.tile_n),
@@ -103,8 +106,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let (tile, left) = (self.work.unset(), k.reg::<u32>());
         let pair = || [k.reg(), k.reg()];
         let done = Finished { tile: self.work.unset(), reference: pair(), row_sum: pair() };
-        self.next_tile(&tile, q_state, left);
+        self.next_tile(&tile, [q_state, k_state], left);
         k.if_(tile.exists.ne(0), || {
+            self.pass_over_values(v_state);
             self.clear();
             shared.k_pipeline.consumer_wait(k, k_state);
             self.next_block(&tile, k_state);
@@ -131,7 +135,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                         shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
                     }
                     q_state.advance();
-                    self.next_tile(&tile, q_state, left);
+                    self.next_tile(&tile, [q_state, k_state], left);
                 });
                 k.break_if(tile.exists.eq(0));
                 shared.k_pipeline.consumer_wait(k, k_state);
@@ -158,6 +162,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.if_else(
                     switch,
                     || {
+                        self.pass_over_values(v_state);
                         self.write(&done);
                         self.clear();
                     },
@@ -175,7 +180,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Waits for the next tile, or for the end; takes its Q, if that goes to registers.
-    fn next_tile(&self, tile: &WorkTile<'k>, q_state: PipelineState<'k>, left: Reg<'k, u32>) {
+    fn next_tile(&self, tile: &WorkTile<'k>, [q_state, k_state]: [PipelineState<'k>; 2], left: Reg<'k, u32>) {
         let (k, shared) = (self.k, self.shared);
         shared.q_pipeline.consumer_wait(k, q_state);
         self.work.set(tile, &self.work.told(shared, q_state));
@@ -195,7 +200,32 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.n_block.set(band.n_block_max);
             }
             left.set(tile.blocks);
+            if let (Some(hidden), Blocks::Band(band)) = (self.hidden, tile.blocks_at) {
+                let row = tile.m_block * self.config.tile_m() + self.group * 64;
+                hidden.set(self.work.hidden(tile, &band, row, 64));
+                left.set(left - hidden);
+                self.n_block.set(self.n_block - hidden);
+                k.for_(0u32, hidden, 1u32, |_| {
+                    shared.k_pipeline.consumer_wait(k, k_state);
+                    shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+                    k_state.advance();
+                    self.wait_turn();
+                    self.pass_turn();
+                });
+            }
         });
+    }
+
+    /// Leaves out V of the blocks that none of this warpgroup's rows see.
+    fn pass_over_values(&self, v_state: PipelineState<'k>) {
+        let (k, shared) = (self.k, self.shared);
+        if let Some(hidden) = self.hidden {
+            k.for_(0u32, hidden, 1u32, |_| {
+                shared.v_pipeline.consumer_wait(k, v_state);
+                shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                v_state.advance();
+            });
+        }
     }
 
     fn clear(&self) {

@@ -109,6 +109,11 @@ impl FwdConfig {
         if self.q_in_registers || kv + 2 * self.q().bytes() > SHARED_BYTES { 1 } else { 2 }
     }
 
+    /// Whether some warpgroups of a tile see fewer blocks than others, on the right, so that leaving these out is worth it.
+    pub(super) fn hides_blocks(&self) -> bool {
+        matches!(self.mask, MaskKind::Band { right: true, .. }) && self.consumers > 1 && self.tile_n <= 64
+    }
+
     pub(super) fn q(&self) -> TileLayout {
         TileLayout::new(self.tile_m(), self.head_dim.next_multiple_of(64), self.element)
     }

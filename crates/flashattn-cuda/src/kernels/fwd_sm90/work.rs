@@ -257,6 +257,15 @@ impl<'a, 'k> Work<'a, 'k> {
         (Band { n_block_max, whole_min, whole_max }, blocks)
     }
 
+    /// How many of the tile's blocks, from the right, `rows` of its rows from `row` on do not see; at least one is left.
+    pub fn hidden(&self, tile: &WorkTile<'k>, band: &Band<'k>, row: Reg<'k, u32>, rows: u32) -> Reg<'k, u32> {
+        let end = (row + rows).min(tile.seqlen_q);
+        let seen = (end + tile.seqlen_k - tile.seqlen_q).bits::<i32>();
+        let seen = self.params.band[1].map_or(seen, |right| saturating_add(seen, right));
+        let n_block_max = (seen.max(0).bits::<u32>() + (self.config.tile_n - 1)) / self.config.tile_n;
+        (band.n_block_max - n_block_max.min(band.n_block_max)).min(tile.blocks - 1)
+    }
+
     /// Where the number of the tile that the block had before this one is kept: plus 1, or 0.
     pub fn before(&self, number: Reg<'k, u32>) -> Address<'k, u64> {
         number.mad_wide(4, self.params.counter).address().at(4)
