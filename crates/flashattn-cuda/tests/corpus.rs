@@ -95,7 +95,10 @@ impl Executor for Emulator {
             memory.upload(name, &[&before, view.data()].concat())
         });
         let lse_buffer = memory.upload("lse", outputs.lse);
-        let counter = memory.upload("counter", &[0u32]);
+        // Only the first is to be 0.
+        let mut words = vec![u32::MAX; plan.counter_bytes() as usize / 4];
+        words[0] = 0;
+        let counter = memory.upload("counter", &words);
         let sinks = memory.upload("sinks", inputs.sinks.unwrap_or(&[]));
         let uploads: Vec<_> = plan.uploads.iter().map(|up| memory.upload(&up.name, up.bytes())).collect();
         // NaN in the gaps of staged tensors: nothing of them may reach a result.
@@ -140,7 +143,7 @@ impl Executor for Emulator {
             ..Launch::default()
         };
         emulate(&kernel, &mut memory, &launch).map_err(failed)?;
-        if memory.read::<u32>(counter).map_err(failed)? != [0] {
+        if memory.read::<u32>(counter).map_err(failed)?[0] != 0 {
             return Err(ExecError::Failed("the tile counter is not back at 0".to_owned()));
         }
         for step in &staged.after {
