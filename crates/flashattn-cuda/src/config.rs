@@ -1,4 +1,6 @@
-//! The one tuning table: which tiles the forward kernel takes for which head dimensions.
+//! The one tuning table: which tiles the kernels take for which head dimensions.
+
+use crate::kernels::Split;
 
 /// Tiles of the forward kernel for head dimensions up to a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +37,37 @@ pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
     Tiles { head_dim: 256, consumers: 2, tile_n: 48, stages: 2, q_in_registers: false },
 ];
 
+/// Tiles of the backward kernel for head dimensions up to a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackwardTiles {
+    /// Largest head_dim and head_dim_v of this row.
+    pub head_dim: u32,
+    /// Queries of a block.
+    pub tile_m: u32,
+    /// What the two consumer warpgroups share out, which gives the keys of a block.
+    pub split: Split,
+    /// Stages of the Q and of the dO pipeline.
+    pub stages: u32,
+}
+
+/// Rows by ascending head dimension, as in [`FORWARD_SM90`]. By counting registers and bytes of shared memory that the
+/// products read; not yet tuned by measurement.
+pub const BACKWARD_SM90: [BackwardTiles; 3] = [
+    // The largest square that fits: dK and dV take 64 registers, S and dP 128.
+    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2 },
+    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 3 },
+    // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
+    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
+];
+
+/// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S.
+pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
+    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3 },
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3 },
+    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
+];
+
 /// Part of an H100's L2 (50 MB in two halves) that the keys and values of heads which run at the same time may fill.
 const L2_BYTES: u64 = 32 << 20;
 
@@ -42,6 +75,13 @@ const L2_BYTES: u64 = 32 << 20;
 pub fn forward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Option<Tiles> {
     let larger = head_dim.max(head_dim_v);
     let table = if programs { FORWARD_SM90_PROGRAMS } else { FORWARD_SM90 };
+    table.into_iter().find(|row| larger <= row.head_dim as usize)
+}
+
+/// The same for the backward pass.
+pub fn backward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Option<BackwardTiles> {
+    let larger = head_dim.max(head_dim_v);
+    let table = if programs { BACKWARD_SM90_PROGRAMS } else { BACKWARD_SM90 };
     table.into_iter().find(|row| larger <= row.head_dim as usize)
 }
 
