@@ -3,16 +3,14 @@
 //! o and lse come from the oracle. Tensors that TMA cannot take are copied to memory that it can, with NaN between the rows,
 //! and f32 cases run as bf16; what is refused then is refused for its head dimension. `CASE=part-of-a-name` runs some cases.
 
-use std::collections::{HashMap};
+use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
 use flashattn_cuda::kernels::{
     BwdConfig, flash_bwd_sm90, flash_bwd_sm90_postprocess, flash_bwd_sm90_preprocess,
 };
-use flashattn_cuda::plan::{
-    Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides,
-};
+use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
 use flashattn_spec::reference;
 use flashattn_spec::suite::{Case, ExecError, Executor, Report, Runner, corpus};
 use flashattn_spec::{
@@ -96,7 +94,12 @@ where
 }
 
 /// Uploads what a gradient's memory holds, in these strides.
-fn upload_output<T: Element>(memory: &mut Memory, name: &str, view: &ViewMut<T>, strides: [usize; 4]) -> Buffer {
+fn upload_output<T: Element>(
+    memory: &mut Memory,
+    name: &str,
+    view: &ViewMut<T>,
+    strides: [usize; 4],
+) -> Buffer {
     match strides == view.strides() {
         true => memory.upload(name, view.as_view().data()),
         false => memory.upload(name, &stage(&view.as_view())),
@@ -335,9 +338,8 @@ fn ptxas_takes_every_config() {
     };
     let halves = configs.chunks(configs.len().div_ceil(2));
     let wrong: Vec<String> = std::thread::scope(|scope| {
-        let threads: Vec<_> = halves
-            .map(|half| scope.spawn(move || half.iter().flat_map(check).collect::<Vec<_>>()))
-            .collect();
+        let threads: Vec<_> =
+            halves.map(|half| scope.spawn(move || half.iter().flat_map(check).collect::<Vec<_>>())).collect();
         threads.into_iter().flat_map(|thread| thread.join().expect("runs to its end")).collect()
     });
     println!("{} configs, {} wrong", configs.len(), wrong.len());

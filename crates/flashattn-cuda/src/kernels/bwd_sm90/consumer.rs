@@ -2,31 +2,33 @@
 
 use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::Order;
-use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
+use ptx::{B32, Descriptor, Fragment, TileLayout, WgmmaA};
 
-use super::elements::place;
-use super::work::{Sequence, Work, WorkItem};
+use super::work::{Work, WorkItem};
 use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
-use crate::kernels::program::Place;
 
 /// Named barriers: both warpgroups' dS is there; and each warpgroup's own.
 const SCORES: u32 = 1;
 const OWN: u32 = 2;
 
-/// Where a warpgroup is.
-pub(super) struct Here<'k> {
-    pub sequence: Sequence<'k>,
-    pub n_block: Reg<'k, u32>,
+/// The block at hand: nothing of it stays in registers, of which there are none to spare.
+#[derive(Clone, Copy)]
+pub(super) struct Block<'k> {
+    /// Stage of Q, of dO, and of P and dS.
+    stage: Reg<'k, u32>,
+}
+
+/// What the producer told of a block.
+pub(super) struct About<'k> {
     pub m_block: Reg<'k, u32>,
     /// Whether some row sees a part of the keys only.
     pub partial: Reg<'k, bool>,
-    pub place: Place<'k>,
-    /// Stats of the block's rows.
-    pub stats: Address<'k, u32>,
-    /// Number of the tile of queries.
-    tile: Reg<'k, u32>,
+    /// Query head.
+    pub head: Reg<'k, u32>,
     /// Items before this one that add to its dQ.
     rank: Reg<'k, u32>,
+    /// Number of the tile of queries.
+    tile: Reg<'k, u32>,
 }
 
 /// A consumer warpgroup: its place and its operands.
@@ -84,10 +86,27 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// The algorithm.
     pub fn run(&self) {
         let (k, shared) = (self.k, self.shared);
+        // Of one stage only the phase changes.
         let (k_state, v_state) = (shared.k_pipeline.start(k), shared.v_pipeline.start(k));
-        let (q_state, do_state) = (shared.q_pipeline.start(k), shared.do_pipeline.start(k));
-        // Which of the two dS and P.
-        let buffer = k.var(0u32);
+        // Both pipelines of queries walk in step.
+        let state = shared.q_pipeline.start(k);
+        let block = Block { stage: k.var(0u32) };
+        let products = || {
+            k.bar_sync(SCORES, 128 * CONSUMERS);
+            k.wgmma_fence();
+            if self.config.split == Split::Columns {
+                self.d_values(&block);
+            }
+            self.d_queries(&block);
+            k.wgmma_commit();
+            self.d_keys(&block);
+            k.wgmma_commit();
+            k.wgmma_wait(1);
+            shared.do_pipeline.consumer_release(k, block.stage, self.lane);
+            self.add_dq(&block);
+            k.wgmma_wait(0);
+            shared.q_pipeline.consumer_release(k, block.stage, self.lane);
+        };
         k.loop_(|| {
             shared.k_pipeline.consumer_wait(k, k_state);
             let item = self.work.told(shared);
@@ -97,75 +116,72 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             }
             let left = k.var(item.blocks);
             k.if_(left.ne(0), || {
-                shared.q_pipeline.consumer_wait(k, q_state);
+                shared.q_pipeline.consumer_wait(k, state);
                 k.wgmma_fence();
-                self.scores(q_state);
+                self.scores(state.index);
                 k.wgmma_commit();
                 shared.v_pipeline.consumer_wait(k, v_state);
                 k.loop_(|| {
-                    let here = self.here(&item, q_state);
-                    shared.do_pipeline.consumer_wait(k, do_state);
+                    block.stage.set(state.index);
+                    shared.do_pipeline.consumer_wait(k, state);
                     k.wgmma_fence();
-                    self.d_probabilities(do_state);
+                    self.d_probabilities(&block);
                     k.wgmma_commit();
-                    self.gradients_of_scores(&here, do_state, buffer);
-                    let stage = k.var(q_state.index);
-                    q_state.advance();
+                    self.gradients_of_scores(&block);
+                    state.advance();
                     left.set(left - 1);
-                    k.if_(left.ne(0), || {
-                        shared.q_pipeline.consumer_wait(k, q_state);
-                        k.wgmma_fence();
-                        self.scores(q_state);
-                        k.wgmma_commit();
-                    });
-                    k.bar_sync(SCORES, 128 * CONSUMERS);
-                    k.wgmma_fence();
-                    if self.config.split == Split::Columns {
-                        self.d_values(do_state, buffer);
-                    }
-                    self.d_queries(buffer);
-                    k.wgmma_commit();
-                    self.d_keys(stage, buffer);
-                    k.wgmma_commit();
-                    k.wgmma_wait(1);
-                    shared.do_pipeline.consumer_release(k, do_state.index, self.lane);
-                    do_state.advance();
-                    self.add_dq(&here);
-                    k.wgmma_wait(0);
-                    shared.q_pipeline.consumer_release(k, stage, self.lane);
-                    buffer.set(buffer ^ 1);
                     k.break_if(left.eq(0));
+                    shared.q_pipeline.consumer_wait(k, state);
+                    k.wgmma_fence();
+                    self.scores(state.index);
+                    k.wgmma_commit();
+                    // dV has its operand in registers, which dQ' needs.
+                    k.wgmma_wait(1);
+                    products();
                 });
+                k.wgmma_wait(0);
+                products();
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                v_state.advance();
+                v_state.phase.set(v_state.phase ^ 1);
             });
+            let item = self.work.told(shared);
+            k.sync_warp();
             shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
-            k_state.advance();
+            k_state.phase.set(k_state.phase ^ 1);
             self.write(&item);
         });
     }
 
     /// P and dS as operands, and both where the products need them. On entry S and dP are in flight, the older first.
-    fn gradients_of_scores(&self, here: &Here<'k>, do_state: PipelineState<'k>, buffer: Reg<'k, u32>) {
+    fn gradients_of_scores(&self, block: &Block<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
-        let at = buffer * config.scores().bytes();
+        let at = block.stage * config.scores().bytes();
         let values = || {
             if config.split == Split::Keys {
                 k.wgmma_fence();
-                self.d_values(do_state, buffer);
+                self.d_values(block);
                 k.wgmma_commit();
             }
         };
         if config.programs() {
             k.wgmma_wait(0);
-            self.elements(here);
+            self.elements(block);
             values();
-        } else {
+        } else if config.split == Split::Keys && config.tile_m == 64 && std::env::var("EARLY").is_ok() {
             k.wgmma_wait(1);
-            self.probabilities(here);
+            self.probabilities(block);
+            self.pack(&self.s, &self.p);
             values();
-            k.wgmma_wait(if config.split == Split::Keys { 1 } else { 0 });
-            self.d_scores(here);
+            k.wgmma_wait(1);
+            self.d_scores(block);
+        } else {
+            // P as an operand beside S and dP would be too many registers.
+            k.wgmma_wait(1);
+            self.probabilities(block);
+            k.wgmma_wait(0);
+            self.d_scores(block);
+            self.pack(&self.s, &self.p);
+            values();
         }
         self.store(&self.ds, shared.ds + at);
         if config.split == Split::Columns {
@@ -174,22 +190,20 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         k.fence_proxy_async();
     }
 
-    /// The block that comes with this stage of Q.
-    fn here(&self, item: &WorkItem<'k>, stage: PipelineState<'k>) -> Here<'k> {
-        let [m_block, head, rank, _] =
-            (self.shared.block + stage.index * 16).load_vec::<u32, 4>().map(|r| r.shfl_idx(0));
-        let partial = m_block.ge(0x8000_0000);
-        let m_block = m_block & 0x7fff_ffff;
-        Here {
-            sequence: item.sequence,
-            n_block: item.n_block,
-            m_block,
-            partial,
-            place: place(self.work, &item.sequence, item.batch, head),
-            stats: self.shared.stats + stage.index * self.config.stats_bytes(),
-            tile: self.work.tile(&item.sequence, head, m_block),
-            rank,
-        }
+    /// What the producer told of a block.
+    pub fn about(&self, block: &Block<'k>) -> About<'k> {
+        let [m_block, head, rank, tile] = (self.shared.block + block.stage * 16).load_vec::<u32, 4>();
+        About { m_block: m_block & 0x7fff_ffff, partial: m_block.ge(0x8000_0000), head, rank, tile }
+    }
+
+    /// The item at hand.
+    pub fn item(&self) -> WorkItem<'k> {
+        self.work.told(self.shared)
+    }
+
+    /// Stats of a block's rows.
+    pub fn stats(&self, block: &Block<'k>) -> Address<'k, u32> {
+        self.shared.stats + (block.stage * self.config.stats_bytes() + self.query * 4)
     }
 
     /// The tile from the warpgroup's half of its columns on, if they are split.
@@ -235,16 +249,16 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Issues Sᵀ = K·Qᵀ.
-    fn scores(&self, stage: PipelineState<'k>) {
+    fn scores(&self, stage: Reg<'k, u32>) {
         let (config, shared) = (self.config, self.shared);
-        let queries = shared.q + stage.index * config.q().bytes();
+        let queries = shared.q + stage * config.q().bytes();
         self.transposed_scores(&self.s, (shared.k, config.k()), (queries, config.q()), config.head_dim);
     }
 
     /// Issues dPᵀ = V·dOᵀ.
-    fn d_probabilities(&self, stage: PipelineState<'k>) {
+    fn d_probabilities(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
-        let d_o = shared.d_o + stage.index * config.d_o().bytes();
+        let d_o = shared.d_o + block.stage * config.d_o().bytes();
         self.transposed_scores(&self.dp, (shared.v, config.v()), (d_o, config.d_o()), config.head_dim_v);
     }
 
@@ -273,25 +287,25 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Issues dV += Pᵀ·dO.
-    fn d_values(&self, stage: PipelineState<'k>, buffer: Reg<'k, u32>) {
+    fn d_values(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
-        let d_o = shared.d_o + stage.index * config.d_o().bytes();
-        let p = shared.p + buffer * config.scores().bytes();
+        let d_o = shared.d_o + block.stage * config.d_o().bytes();
+        let p = shared.p + block.stage * config.scores().bytes();
         self.accumulate(&self.dv, &self.p, p, (d_o, config.d_o()));
     }
 
     /// Issues dK += dSᵀ·Q.
-    fn d_keys(&self, stage: Reg<'k, u32>, buffer: Reg<'k, u32>) {
+    fn d_keys(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
-        let q = shared.q + stage * config.q().bytes();
-        let ds = shared.ds + buffer * config.scores().bytes();
+        let q = shared.q + block.stage * config.q().bytes();
+        let ds = shared.ds + block.stage * config.scores().bytes();
         self.accumulate(&self.dk, &self.ds, ds, (q, config.q()));
     }
 
     /// Issues dQ' = dS·K.
-    fn d_queries(&self, buffer: Reg<'k, u32>) {
+    fn d_queries(&self, block: &Block<'k>) {
         let (config, shared, layout) = (self.config, self.shared, self.config.scores());
-        let ds = shared.ds + buffer * layout.bytes();
+        let ds = shared.ds + block.stage * layout.bytes();
         let (a, b, steps) = match config.dq_part() {
             DqPart::Queries => (ds + self.group * layout.panel_bytes(), shared.k, config.tile_n() / 16),
             DqPart::Columns => (ds, self.half_columns(shared.k, &config.k()), config.tile_n() / 16),
@@ -302,17 +316,18 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Adds dQ' to the sums in global memory.
-    fn add_dq(&self, here: &Here<'k>) {
+    fn add_dq(&self, block: &Block<'k>) {
         let (k, config, params) = (self.k, self.config, self.params);
+        let About { tile, rank, .. } = self.about(block);
         let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
         let thread = k.tid(0) & 127;
         let part_bytes = 64 * config.dq_columns() * 4;
-        let at = here.tile.mad_wide(config.dq_sum_bytes(), params.dq_sums);
+        let at = tile.mad_wide(config.dq_sum_bytes(), params.dq_sums);
         let at = (at + (part * part_bytes + thread * 16).to_u64()).address();
         let semaphore = params.semaphores.map(|semaphores| {
             let (first, rank) = match config.dq_part() {
-                DqPart::Keys => (here.tile * BwdConfig::SEMAPHORES, here.rank * CONSUMERS + self.group),
-                _ => (here.tile * BwdConfig::SEMAPHORES + self.group, here.rank),
+                DqPart::Keys => (tile * BwdConfig::SEMAPHORES, rank * CONSUMERS + self.group),
+                _ => (tile * BwdConfig::SEMAPHORES + self.group, rank),
             };
             (first.mad_wide(4, semaphores).address(), rank)
         });

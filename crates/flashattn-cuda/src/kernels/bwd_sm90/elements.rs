@@ -5,7 +5,7 @@ use std::f32::consts::LOG2_E;
 use ptx::Fragment;
 use ptx::build::{Builder, Half, Reg};
 
-use super::consumer::{Consumer, Here};
+use super::consumer::{Block, Consumer};
 use super::work::{Sequence, Work};
 use super::{BwdConfig, Params, Split};
 use crate::kernels::philox::philox4x32;
@@ -30,6 +30,15 @@ pub(super) fn place<'k>(
         q_start: start(sequence.q_row, sequence.seqlen_q),
         kv_start: start(sequence.kv_row, sequence.seqlen_k),
     }
+}
+
+/// Where a thread's elements of a block are.
+struct Here<'k> {
+    sequence: Sequence<'k>,
+    /// Its first query and key in their sequence.
+    query: Reg<'k, u32>,
+    key: Reg<'k, u32>,
+    place: Place<'k>,
 }
 
 /// What one element adds to the gradients.
@@ -106,43 +115,44 @@ impl<'a, 'k> Formula<'a, 'k> {
 }
 
 impl<'k, H: Half> Consumer<'_, 'k, H> {
-    /// The thread's first query and key in their sequence.
-    fn origin(&self, here: &Here<'k>) -> [Reg<'k, u32>; 2] {
-        [here.m_block * self.config.tile_m + self.query, here.n_block * self.config.tile_n() + self.key]
+    /// Where the thread's elements of a block are.
+    fn here(&self, block: &Block<'k>) -> Here<'k> {
+        let (about, item) = (self.about(block), self.item());
+        Here {
+            sequence: item.sequence,
+            query: about.m_block * self.config.tile_m + self.query,
+            key: item.n_block * self.config.tile_n() + self.key,
+            place: place(self.work, &item.sequence, item.batch, about.head),
+        }
     }
 
-    /// Address of the stats of the thread's first query.
-    fn stats(&self, here: &Here<'k>) -> ptx::Address<'k, u32> {
-        here.stats + self.query * 4
-    }
-
-    /// S to P, rounded as an operand.
-    pub(super) fn probabilities(&self, here: &Here<'k>) {
-        let (k, scale, stats) = (self.k, self.params.scale * LOG2_E, self.stats(here));
+    /// S to P.
+    pub(super) fn probabilities(&self, block: &Block<'k>) {
+        let (k, scale, stats) = (self.k, self.params.scale * LOG2_E, self.stats(block));
         for (j, s) in self.s.registers.chunks(4).enumerate() {
             let minus_lse = stats.at(32 * j as i32).load_vec::<f32, 2>();
             for (i, &s) in s.iter().enumerate() {
                 s.set(s.fma(scale, minus_lse[i % 2]).exp2());
             }
         }
-        k.if_(here.partial, || self.hide(here, &self.s, 0.0));
-        self.pack(&self.s, &self.p);
+        k.if_(self.about(block).partial, || self.hide(&self.here(block), &self.s, 0.0));
     }
 
     /// dP to dS, rounded as an operand.
-    pub(super) fn d_scores(&self, here: &Here<'k>) {
-        let (k, stats) = (self.k, self.stats(here).at(4 * self.config.tile_m as i32));
+    pub(super) fn d_scores(&self, block: &Block<'k>) {
+        let (k, stats) = (self.k, self.stats(block).at(4 * self.config.tile_m as i32));
         for (j, (p, dp)) in self.s.registers.chunks(4).zip(self.dp.registers.chunks(4)).enumerate() {
             let delta = stats.at(32 * j as i32).load_vec::<f32, 2>();
             for (i, (&p, &dp)) in p.iter().zip(dp).enumerate() {
                 dp.set((dp - delta[i % 2]) * p);
             }
         }
-        k.if_(here.partial, || self.hide(here, &self.dp, 0.0));
+        k.if_(self.about(block).partial, || self.hide(&self.here(block), &self.dp, 0.0));
         self.pack(&self.dp, &self.ds);
     }
 
-    fn pack(&self, from: &Fragment<'k>, to: &[[Reg<'k, H>; 4]]) {
+    /// Rounds a fragment to an operand.
+    pub(super) fn pack(&self, from: &Fragment<'k>, to: &[[Reg<'k, H>; 4]]) {
         for (step, registers) in to.iter().enumerate() {
             for (&register, value) in registers.iter().zip(from.a_operand::<H>(self.k, step)) {
                 register.set(value);
@@ -153,7 +163,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     /// `value` where a row does not see the key. Of the fragment's transposed scores rows are keys.
     fn hide(&self, here: &Here<'k>, fragment: &Fragment<'k>, value: f32) {
         let (params, Sequence { seqlen_q, seqlen_k, .. }) = (self.params, here.sequence);
-        let [query, key] = self.origin(here);
+        let (query, key) = (here.query, here.key);
         if let Some((program, _)) = &self.config.mask_program {
             let mut emitter = ProgramEmitter::new(self.k, program, &params.mask_tables, here.place);
             self.each(here, |i, element| {
@@ -183,7 +193,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
 
     /// Runs `body` for each register with its place.
     fn each(&self, here: &Here<'k>, mut body: impl FnMut(usize, &Element<'k>)) {
-        let [query, key] = self.origin(here).map(|r| r.bits::<i32>());
+        let [query, key] = [here.query, here.key].map(|r| r.bits::<i32>());
         let keys = [key, key + 8];
         let mut queries: Vec<Reg<'k, i32>> = Vec::new();
         for i in 0..self.s.registers.len() {
@@ -197,15 +207,16 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     }
 
     /// P and dS from S and dP with a score mod, a mask's program or dropout; and the gradients of tables.
-    pub(super) fn elements(&self, here: &Here<'k>) {
+    pub(super) fn elements(&self, block: &Block<'k>) {
         let (k, config, params) = (self.k, self.config, self.params);
         for &s in &self.s.registers {
             s.set(s * params.scale);
         }
-        k.if_(here.partial, || self.hide(here, &self.s, f32::NEG_INFINITY));
+        let here = &self.here(block);
+        k.if_(self.about(block).partial, || self.hide(here, &self.s, f32::NEG_INFINITY));
         let mut formula = Formula::new(k, config, params, here.place);
         let mut sums = TableSums::new(k, config, self.lane);
-        let stats = self.stats(here);
+        let stats = self.stats(block);
         let mut row_stats = [[k.var(0.0f32); 2]; 2];
         self.each(here, |i, element| {
             if i % 4 == 0 {

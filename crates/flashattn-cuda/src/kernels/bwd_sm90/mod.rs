@@ -46,7 +46,7 @@ use super::fwd_sm90::{MaskKind, Stride, TableShape};
 use super::global::GlobalTensor;
 use super::program::TableArgs;
 use consumer::Consumer;
-use work::Work;
+use work::{Loads, Work};
 
 /// Consumer warpgroups.
 pub(crate) const CONSUMERS: u32 = 2;
@@ -380,7 +380,7 @@ struct Shared<'k> {
     pub v: Address<'k, u32>,
     pub q: Address<'k, u32>,
     pub d_o: Address<'k, u32>,
-    /// Two of dSᵀ, so that one can be written while the other warpgroup still reads the one before; and two of Pᵀ, with
+    /// dSᵀ by stage, so that one can be written while the other warpgroup still reads the one before; and Pᵀ, with
     /// [`Split::Columns`].
     pub ds: Address<'k, u32>,
     pub p: Address<'k, u32>,
@@ -388,7 +388,7 @@ struct Shared<'k> {
     pub stats: Address<'k, u32>,
     /// The item that K and V belong to.
     pub item: Address<'k, u32>,
-    /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, how many add to its dQ before.
+    /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, how many add to its dQ before, tile.
     pub block: Address<'k, u32>,
     pub k_pipeline: Pipeline<'k>,
     pub v_pipeline: Pipeline<'k>,
@@ -405,12 +405,12 @@ impl<'k> Shared<'k> {
             v: k.shared("v", config.v().bytes(), align),
             q: k.shared("q", config.q().bytes() * stages, align),
             d_o: k.shared("do", config.d_o().bytes() * stages, align),
-            ds: k.shared("ds", 2 * scores, align),
-            p: k.shared("p", if config.split == Split::Columns { 2 * scores } else { 0 }, align),
+            ds: k.shared("ds", stages * scores, align),
+            p: k.shared("p", if config.split == Split::Columns { stages * scores } else { 0 }, align),
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
             item: k.shared("item", 48, 16),
             block: k.shared("block", 16 * stages, 16),
-            k_pipeline: Pipeline::new(k, "k", 1, warps, 1),
+            k_pipeline: Pipeline::new(k, "k", 1, warps + 1, 1),
             v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
             q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
             do_pipeline: Pipeline::new(k, "do", stages, warps, 1),
@@ -459,7 +459,9 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             (warp >> 2).eq(0),
             || {
                 k.lower_registers(24);
-                k.if_(warp.eq(0) & k.lane().eq(0), || work.load(&shared));
+                let one = k.lane().eq(0);
+                k.if_(warp.eq(0) & one, || work.load(&shared, Loads::Queries));
+                k.if_(warp.eq(1) & one, || work.load(&shared, Loads::Gradients));
             },
             || {
                 k.raise_registers(240);

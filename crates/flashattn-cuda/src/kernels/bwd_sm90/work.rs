@@ -28,6 +28,15 @@ pub(super) struct WorkItem<'k> {
     pub sequence: Sequence<'k>,
 }
 
+/// What a producer loads.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Loads {
+    /// K, Q and the stats.
+    Queries,
+    /// V and dO.
+    Gradients,
+}
+
 /// A block of queries of an item's list.
 struct Block<'k> {
     m_block: Reg<'k, u32>,
@@ -186,8 +195,13 @@ impl<'a, 'k> Work<'a, 'k> {
                 let [first, count] = self.row(item, head).load_vec::<u32, 2>();
                 k.for_(first, first + count, 1u32, |run| {
                     let [begin, end, rank, _] = run.mad_wide(16, runs).address().load_vec::<u32, 4>();
-                    let partial = begin & 0x8000_0000;
+                    let (partial, keys) = (begin & 0x8000_0000, item.n_block * self.config.tile_n());
+                    let ragged = (keys + self.config.tile_n()).gt(item.sequence.seqlen_k);
                     k.for_(begin & 0x7fff_ffff, end, 1u32, |m_block| {
+                        // The mask's schedule does not look at what is past the ends.
+                        let end = m_block * self.config.tile_m + self.config.tile_m;
+                        let ragged = ragged | end.gt(item.sequence.seqlen_q);
+                        let partial = partial | ragged.select(0x8000_0000u32, 0u32);
                         body(Block { m_block, head, partial, rank })
                     });
                 });
@@ -238,63 +252,95 @@ impl<'a, 'k> Work<'a, 'k> {
         WorkItem { exists, blocks, n_block, head_kv, batch, sequence }
     }
 
-    /// The producer, one thread: takes items, tells the others, and loads.
-    pub fn load(&self, shared: &Shared<'k>) {
+    /// A producer, one thread. The first takes items, tells the others, and loads K and Q with the stats; the second, of
+    /// another warp, V and dO. Two have half as much to keep in registers, and neither waits for the other's stages.
+    pub fn load(&self, shared: &Shared<'k>, what: Loads) {
         let (k, config, params) = (self.k, self.config, self.params);
-        for map in params.maps {
+        let k_state = shared.k_pipeline.start(k);
+        let (once, layout, to, map) = match what {
+            Loads::Queries => (shared.k_pipeline, config.k(), shared.k, params.maps[1]),
+            Loads::Gradients => (shared.v_pipeline, config.v(), shared.v, params.maps[2]),
+        };
+        let (pipeline, stage_layout, stages, stage_map) = match what {
+            Loads::Queries => (shared.q_pipeline, config.q(), shared.q, params.maps[0]),
+            Loads::Gradients => (shared.do_pipeline, config.d_o(), shared.d_o, params.maps[3]),
+        };
+        for map in [map, stage_map] {
             k.prefetch_tensor_map(map);
         }
-        let (k_state, v_state) = (shared.k_pipeline.start(k), shared.v_pipeline.start(k));
-        let (q_state, do_state) = (shared.q_pipeline.start(k), shared.do_pipeline.start(k));
-        // The counter goes back to zero by itself: each block takes one number too many, and `inc` wraps after the last.
-        let limit = params.heads_kv * params.batch * self.n_blocks() + (k.nctaid(0) - 1);
-        let take = || params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed);
-        let next = k.var(take());
+        let (once_state, state) = (once.start(k), pipeline.start(k));
+        let stats_bytes = config.stats_bytes();
+        let next = match what {
+            Loads::Queries => Some(k.var(self.take())),
+            Loads::Gradients => None,
+        };
         k.loop_(|| {
-            let item = self.item(next);
-            let done = item.exists.eq(0);
-            // Asked for now, so that it is there when this item has been loaded.
-            k.if_(!done, || next.set(take()));
-            let any = item.blocks.ne(0);
-            shared.k_pipeline.producer_wait(k, k_state);
-            self.tell(shared, &item);
-            let full = shared.k_pipeline.full(k_state);
-            // An item that no query sees is announced all the same: its rows get their zeros from the consumers.
-            full.arrive_expect_tx(k, any.select(config.k().bytes(), 0u32));
-            k.break_if(done);
-            k_state.advance();
+            let item = match next {
+                Some(next) => {
+                    let item = self.item(next);
+                    let done = item.exists.eq(0);
+                    // Asked for now, so that it is there when this item has been loaded.
+                    k.if_(!done, || next.set(self.take()));
+                    once.producer_wait(k, once_state);
+                    self.tell(shared, &item);
+                    // An item that no query sees is announced all the same: its rows get their zeros from the consumers.
+                    let bytes = item.blocks.ne(0).select(layout.bytes(), 0u32);
+                    once.full(once_state).arrive_expect_tx(k, bytes);
+                    k.break_if(done);
+                    item
+                }
+                None => {
+                    shared.k_pipeline.consumer_wait(k, k_state);
+                    let item = self.told(shared);
+                    shared.k_pipeline.consumer_release(k, k_state.index, k.var(0u32));
+                    k_state.phase.set(k_state.phase ^ 1);
+                    k.break_if(item.exists.eq(0));
+                    k.if_(item.blocks.ne(0), || {
+                        once.producer_wait(k, once_state);
+                        once.full(once_state).arrive_expect_tx(k, layout.bytes());
+                    });
+                    item
+                }
+            };
             let batch = self.batch(item.batch);
-            let keys = [item.sequence.kv_row + item.n_block * config.tile_n(), item.head_kv, batch];
-            k.if_(any, || {
-                self.panels(config.k(), shared.k, params.maps[1], keys, full);
-                shared.v_pipeline.producer_wait(k, v_state);
-                let full = shared.v_pipeline.full(v_state);
-                full.arrive_expect_tx(k, config.v().bytes());
-                self.panels(config.v(), shared.v, params.maps[2], keys, full);
-                v_state.advance();
+            k.if_(item.blocks.ne(0), || {
+                let row = item.sequence.kv_row + item.n_block * config.tile_n();
+                self.panels(layout, to, map, [row, item.head_kv, batch], once.full(once_state));
+                if what == Loads::Gradients {
+                    once_state.phase.set(once_state.phase ^ 1);
+                }
                 self.each_block(&item, |block| {
                     let queries = [item.sequence.q_row + block.m_block * config.tile_m, block.head, batch];
-                    shared.q_pipeline.producer_wait(k, q_state);
-                    let about = [block.m_block | block.partial, block.head, block.rank, k.var(0u32)];
-                    (shared.block + q_state.index * 16).store_vec(about);
-                    let full = shared.q_pipeline.full(q_state);
-                    full.arrive_expect_tx(k, config.q().bytes() + config.stats_bytes());
-                    let to = shared.q + q_state.index * config.q().bytes();
-                    self.panels(config.q(), to, params.maps[0], queries, full);
-                    let tile = self.tile(&item.sequence, block.head, block.m_block);
-                    let bytes = config.stats_bytes();
-                    let to = shared.stats + q_state.index * bytes;
-                    k.bulk_load(to, tile.mad_wide(bytes, params.stats), bytes, full);
-                    q_state.advance();
-                    shared.do_pipeline.producer_wait(k, do_state);
-                    let full = shared.do_pipeline.full(do_state);
-                    full.arrive_expect_tx(k, config.d_o().bytes());
-                    let to = shared.d_o + do_state.index * config.d_o().bytes();
-                    self.panels(config.d_o(), to, params.maps[3], queries, full);
-                    do_state.advance();
+                    pipeline.producer_wait(k, state);
+                    let full = pipeline.full(state);
+                    match what {
+                        Loads::Gradients => full.arrive_expect_tx(k, stage_layout.bytes()),
+                        Loads::Queries => {
+                            let tile = self.tile(&item.sequence, block.head, block.m_block);
+                            let about = [block.m_block | block.partial, block.head, block.rank, tile];
+                            (shared.block + state.index * 16).store_vec(about);
+                            full.arrive_expect_tx(k, stage_layout.bytes() + stats_bytes);
+                            let to = shared.stats + state.index * stats_bytes;
+                            k.bulk_load(to, tile.mad_wide(stats_bytes, params.stats), stats_bytes, full);
+                        }
+                    }
+                    let to = stages + state.index * stage_layout.bytes();
+                    self.panels(stage_layout, to, stage_map, queries, full);
+                    state.advance();
                 });
             });
+            if what == Loads::Queries {
+                once_state.phase.set(once_state.phase ^ 1);
+            }
         });
+    }
+
+    /// The next item's number. The counter goes back to zero by itself: each block takes one number too many, and `inc` wraps
+    /// after the last.
+    fn take(&self) -> Reg<'k, u32> {
+        let params = self.params;
+        let limit = params.heads_kv * params.batch * self.n_blocks() + (self.k.nctaid(0) - 1);
+        params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed)
     }
 
     /// Asks for all panels of a tile.
