@@ -107,6 +107,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_wait(0);
             shared.q_pipeline.consumer_release(k, block.stage, self.lane);
         };
+        let values = || {
+            if self.config.split == Split::Keys && !self.values_early() {
+                self.pack_and_issue_values(&block);
+            }
+        };
         k.loop_(|| {
             shared.k_pipeline.consumer_wait(k, k_state);
             let item = self.work.told(shared);
@@ -132,6 +137,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                     left.set(left - 1);
                     k.break_if(left.eq(0));
                     shared.q_pipeline.consumer_wait(k, state);
+                    // After the wait's loop, across which ptxas moves no conversions to where registers are scarce.
+                    values();
                     k.wgmma_fence();
                     self.scores(state.index);
                     k.wgmma_commit();
@@ -139,6 +146,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                     k.wgmma_wait(1);
                     products();
                 });
+                values();
                 k.wgmma_wait(0);
                 products();
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
@@ -156,38 +164,40 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn gradients_of_scores(&self, block: &Block<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
         let at = block.stage * config.scores().bytes();
-        let values = || {
-            if config.split == Split::Keys {
-                k.wgmma_fence();
-                self.d_values(block);
-                k.wgmma_commit();
-            }
-        };
         if config.programs() {
             k.wgmma_wait(0);
             self.elements(block);
-            values();
-        } else if config.split == Split::Keys && config.tile_m == 64 && std::env::var("EARLY").is_ok() {
+        } else if self.values_early() {
             k.wgmma_wait(1);
             self.probabilities(block);
-            self.pack(&self.s, &self.p);
-            values();
+            self.pack_and_issue_values(block);
             k.wgmma_wait(1);
             self.d_scores(block);
         } else {
-            // P as an operand beside S and dP would be too many registers.
             k.wgmma_wait(1);
             self.probabilities(block);
             k.wgmma_wait(0);
             self.d_scores(block);
-            self.pack(&self.s, &self.p);
-            values();
         }
         self.store(&self.ds, shared.ds + at);
         if config.split == Split::Columns {
+            self.pack(&self.s, &self.p);
             self.store(&self.p, shared.p + at);
         }
         k.fence_proxy_async();
+    }
+
+    /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
+    fn values_early(&self) -> bool {
+        self.config.split == Split::Keys && self.config.tile_m == 64 && !self.config.programs()
+    }
+
+    /// Issues dV with P as an operand in registers.
+    fn pack_and_issue_values(&self, block: &Block<'k>) {
+        self.pack(&self.s, &self.p);
+        self.k.wgmma_fence();
+        self.d_values(block);
+        self.k.wgmma_commit();
     }
 
     /// What the producer told of a block.
@@ -272,6 +282,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     ) {
         let (k, config) = (self.k, self.config);
         match config.split {
+            Split::Keys if std::ptr::eq(d, &self.dk) => {
+                let (a, b) = (config.scores().k_major(self.own_rows(tile)), rows.1.mn_major(rows.0));
+                self.product(d, a, b, [false, true], config.tile_m / 16, false);
+            }
             Split::Keys => {
                 let (b, shape) = (rows.1.mn_major(rows.0), config.shape(d.columns(), false, true));
                 for (step, operand) in operand.iter().enumerate() {

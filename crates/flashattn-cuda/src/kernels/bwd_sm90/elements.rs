@@ -231,7 +231,6 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             dp.set(terms.dx);
         });
         sums.finish();
-        self.pack(&self.s, &self.p);
         self.pack(&self.dp, &self.ds);
     }
 

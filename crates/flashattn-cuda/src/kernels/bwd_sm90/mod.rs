@@ -133,6 +133,12 @@ impl BwdConfig {
         self.mask_program.is_some() || self.score_mod.is_some() || self.dropout
     }
 
+    /// Registers a thread of the producers and of a consumer (`setmaxnreg`).
+    fn registers(&self) -> (u8, u8) {
+        // Lists of blocks and packed sequences are more for the producers to keep.
+        if self.varlen || self.programs() { (40, 232) } else { (24, 240) }
+    }
+
     fn layout(&self, rows: u32, columns: u32, halved: bool) -> TileLayout {
         // Halves are whole panels.
         TileLayout::new(rows, columns.next_multiple_of(if halved { 128 } else { 64 }), self.element)
@@ -455,16 +461,17 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
         });
         k.sync_threads();
         let warp = k.warp();
+        let (few, many) = config.registers();
         k.if_else(
             (warp >> 2).eq(0),
             || {
-                k.lower_registers(24);
+                k.lower_registers(few);
                 let one = k.lane().eq(0);
                 k.if_(warp.eq(0) & one, || work.load(&shared, Loads::Queries));
                 k.if_(warp.eq(1) & one, || work.load(&shared, Loads::Gradients));
             },
             || {
-                k.raise_registers(240);
+                k.raise_registers(many);
                 Consumer::<H>::new(&work, &shared, warp).run();
             },
         );
