@@ -78,11 +78,13 @@ pub fn forward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Optio
     table.into_iter().find(|row| larger <= row.head_dim as usize)
 }
 
-/// The same for the backward pass.
-pub fn backward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Option<BackwardTiles> {
+/// The same for the backward pass; `programs`: how many there are of a mask's program, a score mod, dropout.
+pub fn backward_sm90(head_dim: usize, head_dim_v: usize, programs: usize) -> Option<BackwardTiles> {
     let larger = head_dim.max(head_dim_v);
-    let table = if programs { BACKWARD_SM90_PROGRAMS } else { BACKWARD_SM90 };
-    table.into_iter().find(|row| larger <= row.head_dim as usize)
+    let table = if programs > 0 { BACKWARD_SM90_PROGRAMS } else { BACKWARD_SM90 };
+    // Several together find registers for fewer elements of S only.
+    let mut rows = table.into_iter().filter(|row| programs < 2 || row.split == Split::Columns);
+    rows.find(|row| larger <= row.head_dim as usize)
 }
 
 /// How many (head, sequence) pairs walk along together, so that what they read of K and V stays in L2: a power of two of

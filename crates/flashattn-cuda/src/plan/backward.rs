@@ -356,10 +356,10 @@ impl BackwardPlan {
         self.zeroed.extend((0..wanted.len()).map(GradTensor::DTable));
         let used = |i: usize| self.config.table_grads.iter().any(|&(_, at)| at == i);
         let last = (0..wanted.len()).rev().find(|&i| used(i));
-        for i in 0..last.map_or(0, |last| last + 1) {
+        for (i, table) in wanted.iter().enumerate().take(last.map_or(0, |last| last + 1)) {
             self.arguments.push(Argument::Address(GradTensor::DTable(i)));
             if self.config.table_grads.iter().any(|&(_, at)| at == i) {
-                self.sizes_of(wanted[i].dims());
+                self.sizes_of(table.dims());
             }
         }
     }
@@ -394,7 +394,7 @@ fn configure(
         other => return unsupported(Feature::DType, other.to_string(), "bf16 or f16"),
     };
     let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
-    let programs = dropout || mask.is_some() || score_mod.is_some();
+    let programs = [dropout, mask.is_some(), score_mod.is_some()].into_iter().filter(|&x| x).count();
     let Some(tiles) = config::backward_sm90(p.head_dim, p.head_dim_v, programs) else {
         let most = config::BACKWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);

@@ -9,7 +9,7 @@ use super::consumer::{Block, Consumer};
 use super::work::{Sequence, Work};
 use super::{BwdConfig, Params, Split};
 use crate::kernels::philox::philox4x32;
-use crate::kernels::program::{Element, Place, ProgramEmitter, spreads};
+use crate::kernels::program::{Element, Place, ProgramEmitter, Spread, spreads};
 
 /// The variables of a query head for programs.
 pub(super) fn place<'k>(
@@ -48,7 +48,7 @@ pub(super) struct Terms<'k> {
     /// Gradient of the scaled score.
     pub dx: Reg<'k, f32>,
     /// For each table gradient where it is added to, and what.
-    pub tables: Vec<(Reg<'k, u64>, Reg<'k, f32>)>,
+    pub tables: Vec<TableTerm<'k>>,
 }
 
 /// An element's given values.
@@ -251,12 +251,15 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     }
 }
 
+/// Where an element of a table's gradient lies, and what is added to it.
+type TableTerm<'k> = (Reg<'k, u64>, Reg<'k, f32>);
+
 /// Gradients of tables on their way to memory: what falls on one element of a table is added up in the warp first.
 struct TableSums<'k> {
     k: &'k Builder,
     lane: Reg<'k, u32>,
     /// For each table gradient: in which directions it differs; sums and where they go, by [`TableSums::slot`].
-    grads: Vec<(crate::kernels::program::Spread, Vec<(Reg<'k, u64>, Reg<'k, f32>)>)>,
+    grads: Vec<(Spread, Vec<TableTerm<'k>>)>,
 }
 
 impl<'k> TableSums<'k> {
@@ -289,7 +292,7 @@ impl<'k> TableSums<'k> {
     /// Adds the sums of the warp to memory.
     fn finish(&self) {
         for (spread, sums) in &self.grads {
-            // Lanes of four follow one another along a query's keys... and every fourth has the same queries.
+            // Every fourth lane has the same queries, and each four the same keys.
             let (bits, lanes): (&[u32], u32) = match (spread.q, spread.kv) {
                 (true, _) => (&[4, 8, 16], 0x1c),
                 (false, true) => (&[1, 2], 3),
