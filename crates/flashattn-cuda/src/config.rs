@@ -122,6 +122,16 @@ mod tests {
     }
 
     #[test]
+    fn backward_rows_are_chosen_by_the_larger_dimension_and_by_programs() {
+        assert_eq!(backward_sm90(64, 1, 0), Some(BACKWARD_SM90[0]));
+        assert_eq!(backward_sm90(40, 65, 0), Some(BACKWARD_SM90[1]));
+        assert_eq!(backward_sm90(64, 64, 1), Some(BACKWARD_SM90_PROGRAMS[0]));
+        assert_eq!(backward_sm90(64, 64, 2), Some(BACKWARD_SM90_PROGRAMS[1]));
+        assert_eq!(backward_sm90(192, 128, 3), Some(BACKWARD_SM90_PROGRAMS[2]));
+        assert_eq!(backward_sm90(257, 8, 0), None);
+    }
+
+    #[test]
     fn groups_fill_l2() {
         assert_eq!(head_group(2 << 20, 1), 16);
         assert_eq!(head_group(3 << 20, 4), 8 * 4);

@@ -12,7 +12,7 @@ use flashattn_cuda::kernels::{
 };
 use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
 use flashattn_spec::reference;
-use flashattn_spec::suite::{Case, ExecError, Executor, Report, Runner, corpus};
+use flashattn_spec::suite::{Case, ExecError, Executor, Report, Runner, corpus, random_cases};
 use flashattn_spec::{
     AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
 };
@@ -302,6 +302,67 @@ fn the_corpus_in_the_emulator() {
     let cases: Vec<Case> = cases().into_iter().map(as_bf16).collect();
     let report = run(&Emulator::default(), &cases);
     assert_eq!(report.skipped, cases.iter().filter(|case| too_wide(case)).count());
+}
+
+#[test]
+fn random_cases_in_the_emulator() {
+    let cases: Vec<Case> =
+        random_cases(2027, 150).into_iter().filter(|case| case.backward).map(as_bf16).collect();
+    assert!(!cases.is_empty());
+    run(&Emulator::default(), &cases);
+}
+
+/// A deterministic plan under two interleavings.
+struct Twice(Emulator);
+
+impl Executor for Twice {
+    fn device(&self) -> String {
+        format!("{}, deterministic", self.0.device())
+    }
+
+    fn forward<T: Element>(
+        &self,
+        problem: &AttentionProblem,
+        inputs: &Inputs<T>,
+        outputs: &mut Outputs<T>,
+    ) -> Result<(), ExecError> {
+        self.0.forward(problem, inputs, outputs)
+    }
+
+    fn backward<T: Element>(
+        &self,
+        problem: &AttentionProblem,
+        inputs: &Inputs<T>,
+        given: &GradInputs<T>,
+        gradients: &mut Gradients<T>,
+    ) -> Result<(), ExecError> {
+        let bits = |gradients: &Gradients<T>| {
+            let bytes = [&gradients.dq, &gradients.dk, &gradients.dv]
+                .map(|view| bytemuck::cast_slice::<T, u8>(view.as_view().data()).to_vec());
+            (bytes, gradients.d_sinks.as_ref().map(|d_sinks| d_sinks.to_vec()))
+        };
+        self.0.backward(problem, inputs, given, gradients)?;
+        let first = bits(gradients);
+        Emulator { deterministic: true, seed: 1, ..Emulator::default() }
+            .backward(problem, inputs, given, gradients)?;
+        if first == bits(gradients) { Ok(()) } else { Err(ExecError::Failed("runs differ".to_owned())) }
+    }
+}
+
+#[test]
+fn deterministic_plans_give_the_same_bits() {
+    let mut cases: Vec<Case> = cases().into_iter().filter(|case| case.problem.dtype == DType::Bf16).collect();
+    // Every kind of option; and of each a part, since blocks that wait for each other are emulated on one thread.
+    cases.retain(|case| !too_wide(case) && !case.name.starts_with("not-finite"));
+    let cases: Vec<Case> = cases.into_iter().step_by(5).collect();
+    let twice = Twice(Emulator { deterministic: true, ..Emulator::default() });
+    let report = Runner::new().run(&twice, &cases);
+    println!("{report}");
+    assert!(report.failed == 0 && report.passed > 0 && report.passed + report.skipped == cases.len());
+    // Gradients of tables are refused by name, and nothing else.
+    let refused =
+        |skip: &flashattn_spec::suite::Skip| skip.feature.starts_with(Feature::Deterministic.name());
+    assert!(report.skips.iter().all(refused));
 }
 
 /// The plan of dense tensors, as far as TMA takes them.

@@ -479,3 +479,120 @@ fn tma_stride(tensor: GradTensor, dim: &str, stride: usize) -> Result<u64, PlanE
         ),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use flashattn_spec::mask::Mask;
+    use flashattn_spec::score_mod::ScoreMod;
+    use flashattn_spec::tensor::contiguous_strides;
+
+    use super::*;
+    use crate::kernels::Split;
+
+    fn dense(p: &AttentionProblem) -> GradStrides {
+        let [q, k, v, o] = [p.q_shape(), p.k_shape(), p.v_shape(), p.o_shape()].map(contiguous_strides);
+        GradStrides { forward: Strides { q, k, v, o }, d_o: o, dq: q, dk: k, dv: v }
+    }
+
+    fn plan(p: &AttentionProblem, deterministic: bool) -> BackwardPlan {
+        let plan = BackwardPlan::new(p, &dense(p), true, deterministic).unwrap();
+        // One argument for each parameter, of its kind, in all three kernels.
+        let [main, before, after] = [
+            crate::kernels::flash_bwd_sm90(&plan.config),
+            crate::kernels::flash_bwd_sm90_preprocess(&plan.config),
+            crate::kernels::flash_bwd_sm90_postprocess(&plan.config),
+        ];
+        assert!(main.params == before.params && main.params == after.params);
+        assert_eq!(plan.arguments.len(), main.params.len());
+        for (argument, param) in plan.arguments.iter().zip(&main.params) {
+            use ptx::kernel::ParamKind::{F32, S32, TensorMap, U32, U64};
+            let kind = match argument {
+                Argument::U32(_) => U32,
+                Argument::S32(_) => S32,
+                Argument::F32(_) => F32,
+                Argument::U64(_) | Argument::Address(_) => U64,
+                Argument::TensorMap(..) => TensorMap,
+            };
+            assert_eq!(param.kind, kind, "{}", param.name);
+        }
+        plan
+    }
+
+    #[test]
+    fn what_is_not_taken_is_named_with_its_limit() {
+        let p = AttentionProblem::new(1, 64, 2, 64, DType::Bf16);
+        let refusal = |p: &AttentionProblem, strides: &GradStrides, deterministic| {
+            BackwardPlan::new(p, strides, false, deterministic).unwrap_err().to_string()
+        };
+        let expected = "is not supported by flash_bwd_sm90; expected";
+        let other = AttentionProblem { dtype: DType::F32, ..p.clone() };
+        assert_eq!(refusal(&other, &dense(&other), false), format!("dtype: f32 {expected} bf16 or f16"));
+        let other = AttentionProblem { head_dim: 257, ..p.clone() };
+        let got = "head dimension: head_dim 257, head_dim_v 64";
+        assert_eq!(refusal(&other, &dense(&other), false), format!("{got} {expected} at most 256 each"));
+        let strides = GradStrides { d_o: [0, 132, 64, 1], ..dense(&p) };
+        let got = "stride: DO with a seqlen stride of 264 bytes";
+        assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} a multiple of 16 below 2^40"));
+        let strides = GradStrides { dk: [0, 129, 64, 1], ..dense(&p) };
+        let got = "stride: DK with a seqlen stride of 129 elements";
+        assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} an even number"));
+        let error = plan(&p, false).check_address(GradTensor::DO, 0x1008).unwrap_err();
+        let got = "address: DO at address 0x1008";
+        assert_eq!(error.to_string(), format!("{got} {expected} a multiple of 16 bytes"));
+        let slopes = flashattn_spec::expr::Table::per_head(vec![1.0; 2]).unwrap().with_grad().unwrap();
+        let other = AttentionProblem { score_mod: ScoreMod::Alibi(slopes), ..p };
+        assert!(refusal(&other, &dense(&other), true).starts_with("determinism: gradients of tables"));
+        assert_eq!(plan(&other, false).zeroed, [GradTensor::DTable(0)]);
+    }
+
+    #[test]
+    fn extra_memory_is_linear_in_the_queries() {
+        let bytes = |n: usize, packed: bool, d: usize| {
+            let mut p = AttentionProblem::new(2, n, 3, d, DType::F16);
+            if packed {
+                p = p.with_varlen(&[0, n as i32, 2 * n as i32], &[0, n as i32, 2 * n as i32]);
+            }
+            plan(&p, false).workspace_bytes()
+        };
+        for d in [64, 128, 256] {
+            // Two sequences of three heads: of each query dQ in f32 and its statistics.
+            assert_eq!(bytes(1024, false, d), 2 * 1024 * 3 * (4 * d + 8));
+            assert_eq!(bytes(4096, false, d), 4 * bytes(1024, false, d));
+            let tile = if d == 64 { 128 } else { 64 };
+            assert_eq!(bytes(1024, true, d), bytes(1024, false, d) + 2 * 3 * tile * (4 * d + 8));
+        }
+    }
+
+    #[test]
+    fn lists_are_by_block_of_keys() {
+        let mut p = AttentionProblem::new(2, 300, 2, 128, DType::Bf16);
+        p.mask = Mask::chunked(128);
+        let words =
+            |plan: &BackwardPlan, i: usize| bytemuck::cast_slice::<u8, u32>(plan.uploads[i].bytes()).to_vec();
+        let listed = plan(&p, false);
+        assert_eq!((listed.config.split, listed.config.tile_n(), listed.items), (Split::Columns, 64, 20));
+        let (rows, runs) = (words(&listed, 0), words(&listed, 1));
+        // Five blocks of keys of both heads of both sequences, which share their runs.
+        assert_eq!(rows.len(), 4 * 4 * 5);
+        assert_eq!(rows[..20], rows[60..]);
+        // Keys 64 to 127 are seen by queries 0 to 127 in whole.
+        assert_eq!(runs[4 * rows[4] as usize..][..4], [0, 2, 1, 0]);
+        // In a fixed order each block of queries is a run, with a rank of its own.
+        let ordered = plan(&p, true);
+        let (rows, runs) = (words(&ordered, 0), words(&ordered, 1));
+        let first = 4 * rows[4] as usize;
+        assert_eq!((rows[5], &runs[first..first + 8]), (2, &[0, 1, 1, 0, 1, 2, 1, 0][..]));
+        assert!(ordered.workspace.iter().any(|&(tensor, _)| tensor == GradTensor::Semaphores));
+    }
+
+    #[test]
+    fn nothing_is_launched_for_nothing() {
+        let mut p = AttentionProblem::new(1, 0, 2, 64, DType::Bf16);
+        (p.seqlen_k, p.sinks) = (40, true);
+        let no_queries = plan(&p, false);
+        assert_eq!((no_queries.query_blocks, no_queries.items), (0, 2));
+        assert_eq!(no_queries.zeroed, [GradTensor::DSinks]);
+        (p.seqlen_q, p.seqlen_k) = (40, 0);
+        assert_eq!((plan(&p, false).query_blocks, plan(&p, false).items), (2, 0));
+    }
+}
