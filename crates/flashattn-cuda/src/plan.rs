@@ -1,6 +1,8 @@
 //! From a problem to a launch: which kernel, with which arguments, and what to upload. Nothing here touches a GPU; the same
 //! plan is launched by the driver and by the emulator.
 
+mod backward;
+
 use std::collections::HashMap;
 
 use bytemuck::cast_slice;
@@ -12,6 +14,8 @@ use ptx::instr::Element;
 
 use crate::config::{self, Tiles};
 use crate::kernels::{FwdConfig, MaskKind};
+
+pub use backward::{BackwardPlan, GradStrides, GradTensor};
 
 /// What the kernels of this crate do not take yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,17 +32,20 @@ pub enum Feature {
     Size,
     /// The backward pass.
     Gradients,
+    /// A fixed order of sums.
+    Deterministic,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 6] = [
+    pub const ALL: [Feature; 7] = [
         Feature::DType,
         Feature::HeadDim,
         Feature::Stride,
         Feature::Address,
         Feature::Size,
         Feature::Gradients,
+        Feature::Deterministic,
     ];
 
     /// As errors call it.
@@ -50,6 +57,7 @@ impl Feature {
             Feature::Address => "address",
             Feature::Size => "size",
             Feature::Gradients => "gradients",
+            Feature::Deterministic => "determinism",
         }
     }
 }
@@ -101,7 +109,7 @@ pub enum Tensor {
 
 /// An argument, not yet bound to memory.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Argument {
+pub enum Argument<T = Tensor> {
     /// A 32-bit integer.
     U32(u32),
     /// A signed 32-bit integer.
@@ -111,9 +119,9 @@ pub enum Argument {
     /// A 64-bit integer.
     U64(u64),
     /// A tensor's address.
-    Address(Tensor),
+    Address(T),
     /// A tensor map over a tensor.
-    TensorMap(ptx::TensorMap, Tensor),
+    TensorMap(ptx::TensorMap, T),
 }
 
 /// Data that must lie in the device's memory before the launch. It depends on the problem alone.
