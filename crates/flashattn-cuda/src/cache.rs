@@ -10,7 +10,10 @@ use ptx::Kernel;
 
 use crate::device::Device;
 use crate::error::Error;
-use crate::kernels::{CopyConfig, FwdConfig, copy_rows, flash_fwd_sm90};
+use crate::kernels::{
+    BwdConfig, CopyConfig, FwdConfig, copy_rows, flash_bwd_sm90, flash_bwd_sm90_postprocess,
+    flash_bwd_sm90_preprocess, flash_fwd_sm90,
+};
 use crate::module::Module;
 
 /// What a kernel is made of.
@@ -18,15 +21,30 @@ use crate::module::Module;
 pub enum KernelConfig {
     /// Attention forward.
     Forward(FwdConfig),
+    /// Attention backward: what goes before its main kernel.
+    Preprocess(BwdConfig),
+    /// Attention backward.
+    Backward(BwdConfig),
+    /// What goes after it.
+    Postprocess(BwdConfig),
     /// Rows into another layout.
     Copy(CopyConfig),
 }
 
 impl KernelConfig {
+    /// The three kernels of a backward pass, in the order of their launches.
+    pub fn backward(config: &BwdConfig) -> [KernelConfig; 3] {
+        [KernelConfig::Preprocess, KernelConfig::Backward, KernelConfig::Postprocess]
+            .map(|kernel| kernel(config.clone()))
+    }
+
     /// Builds the kernel.
     pub fn kernel(&self) -> Kernel {
         match self {
             KernelConfig::Forward(config) => flash_fwd_sm90(config),
+            KernelConfig::Preprocess(config) => flash_bwd_sm90_preprocess(config),
+            KernelConfig::Backward(config) => flash_bwd_sm90(config),
+            KernelConfig::Postprocess(config) => flash_bwd_sm90_postprocess(config),
             KernelConfig::Copy(config) => copy_rows(config),
         }
     }

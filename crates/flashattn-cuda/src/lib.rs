@@ -29,6 +29,8 @@
 //! ```
 #![deny(missing_docs, unsafe_op_in_unsafe_fn)]
 
+mod backward;
+mod bind;
 mod cache;
 pub mod config;
 mod device;
@@ -46,10 +48,12 @@ mod tensor_map;
 pub mod timing;
 mod views;
 
+pub use backward::{Backward, BackwardArgs};
+pub use bind::Workspace;
 pub use cache::KernelConfig;
 pub use device::{Device, Event, Properties, Stream};
 pub use error::{Error, Version};
-pub use forward::{Forward, ForwardArgs, Workspace};
+pub use forward::{Forward, ForwardArgs};
 pub use host::CudaExecutor;
 pub use launch::{Arg, Launch};
 pub use memory::Buffer;

@@ -1,11 +1,18 @@
-//! Tensors that the forward kernel cannot take where they lie: copied to a workspace before it, and o back after it.
+//! Tensors that the kernels cannot take where they lie: copied to a workspace before them, and results back after them.
 //!
-//! TMA reads q, k and v by strides and addresses that are multiples of 16 bytes; the kernel stores o in fours of elements.
-//! What does not fit is *staged*: [`copy_rows`](crate::kernels::copy_rows) writes its rows, padded to 16 bytes, into the
-//! workspace. That costs the tensor's bytes twice more (a read and a write), a launch, and the workspace; never silently:
-//! [`StagedPlan::staged`] names the tensors. Everything else is read and written in place.
+//! TMA reads q, k, v (and the gradient of o) by strides and addresses that are multiples of 16 bytes; the forward kernel stores
+//! o in fours of elements, the backward kernels gradients in pairs. What does not fit is *staged*:
+//! [`copy_rows`](crate::kernels::copy_rows) writes its rows, padded to 16 bytes, into the workspace. That costs the tensor's
+//! bytes twice more (a read and a write), a launch, and the workspace; never silently: [`StagedPlan::staged`] and
+//! [`StagedBackward::staged`] name the tensors. Everything else is read and written in place.
+
+mod backward;
+
+use std::fmt::Debug;
 
 use flashattn_spec::{AttentionProblem, DType};
+
+pub use backward::{GradLayout, StagedBackward};
 
 use crate::config::Tiles;
 use crate::kernels::{CopyConfig, CopyLaunch};
@@ -26,7 +33,7 @@ pub struct Layout {
 impl Layout {
     /// The layout of tensors with these strides at these addresses (of q, k, v, o).
     pub fn new(strides: Strides, addresses: [u64; 4]) -> Layout {
-        Layout { strides, align: addresses.map(|address| 1 << address.trailing_zeros().min(4)) }
+        Layout { strides, align: addresses.map(align) }
     }
 
     /// Row-major tensors of a problem, at addresses as allocators give them.
@@ -36,6 +43,11 @@ impl Layout {
         let [q, k, v, o] = [p.q_shape(), p.k_shape(), p.v_shape(), p.o_shape()].map(strides);
         Layout { strides: Strides { q, k, v, o }, align: [16; 4] }
     }
+}
+
+/// The largest power of two, at most 16, that divides an address.
+fn align(address: u64) -> u64 {
+    1 << address.trailing_zeros().min(4)
 }
 
 /// Where a launch finds a tensor.
@@ -49,9 +61,11 @@ pub enum Location {
 
 /// A copy of a tensor's rows.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Copy {
-    /// The tensor: an input goes from the caller to the workspace, o the other way.
-    pub tensor: Tensor,
+pub struct Copy<T = Tensor> {
+    /// The tensor.
+    pub tensor: T,
+    /// Whether it is a result, which goes from the workspace to the caller; inputs go the other way.
+    pub back: bool,
     /// The kernel's config.
     pub config: CopyConfig,
     /// Its launch.
@@ -63,7 +77,7 @@ pub struct Copy {
     sizes: [u32; 4],
 }
 
-impl Copy {
+impl<T> Copy<T> {
     /// The kernel's arguments: the first eight 64-bit, the last five 32-bit.
     pub fn arguments(&self, from: u64, to: u64) -> ([u64; 8], [u32; 5]) {
         let ([a, b, c], [d, e, f], [g, h, i, j]) = (self.from, self.to, self.sizes);
@@ -122,16 +136,16 @@ impl StagedPlan {
             if fits(tensor, shapes[i], strides[i], layout.align[i]) {
                 continue;
             }
-            let staged = stage(tensor, shapes[i], strides[i], layout.align[i])?;
+            let back = tensor == Tensor::O;
+            let staged = stage(tensor, shapes[i], strides[i], layout.align[i], back, None)?;
             places[i] = Location::Workspace(workspace);
-            let end = staged.bytes.checked_next_multiple_of(ALIGN).and_then(|x| x.checked_add(workspace));
-            workspace = end.ok_or_else(|| too_large(tensor, shapes[i]))?;
+            workspace = staged.end(workspace)?;
             strides[i] = staged.strides;
             copies.push(staged.copy);
         }
         let [q, k, v, o] = strides;
         let forward = ForwardPlan::with_tiles(problem, &Strides { q, k, v, o }, tiles)?;
-        let (after, before) = copies.into_iter().partition(|copy: &Copy| copy.tensor == Tensor::O);
+        let (after, before) = copies.into_iter().partition(|copy: &Copy| copy.back);
         Ok(StagedPlan { forward, before, after, workspace, places })
     }
 
@@ -159,21 +173,47 @@ fn steps([b, n, h, _]: [usize; 4], [sb, sn, sh, _]: [usize; 4]) -> [u128; 3] {
 
 /// Whether the kernel can take a tensor as it lies: the rules of [`ForwardPlan`] and [`ForwardPlan::check_address`].
 fn fits(tensor: Tensor, shape: [usize; 4], strides: [usize; 4], align: u64) -> bool {
-    let steps = steps(shape, strides);
     match tensor {
-        Tensor::O => align >= 8 && steps.iter().all(|step| step % 8 == 0),
-        _ => align >= 16 && steps.iter().all(|&step| step % 16 == 0 && step < 1 << 40),
+        Tensor::O => multiples(shape, strides, align, 8),
+        _ => loads(shape, strides, align),
     }
 }
 
-struct Staged {
-    copy: Copy,
+/// Whether a tensor's address and strides are multiples of so many bytes.
+fn multiples(shape: [usize; 4], strides: [usize; 4], align: u64, bytes: u64) -> bool {
+    align >= bytes && steps(shape, strides).iter().all(|step| step.is_multiple_of(bytes.into()))
+}
+
+/// Whether TMA can load a tensor.
+fn loads(shape: [usize; 4], strides: [usize; 4], align: u64) -> bool {
+    multiples(shape, strides, align, 16) && steps(shape, strides).iter().all(|&step| step < 1 << 40)
+}
+
+struct Staged<T> {
+    copy: Copy<T>,
+    shape: [usize; 4],
     strides: [usize; 4],
     bytes: u64,
 }
 
-/// Row-major, rows padded to 16 bytes; a dimension of stride 0 stays one.
-fn stage(tensor: Tensor, shape: [usize; 4], strides: [usize; 4], align: u64) -> Result<Staged, PlanError> {
+impl<T: Debug + std::marker::Copy> Staged<T> {
+    /// Where the workspace's next tensor begins if this one does at `begin`.
+    fn end(&self, begin: u64) -> Result<u64, PlanError> {
+        let end = self.bytes.checked_next_multiple_of(ALIGN).and_then(|x| x.checked_add(begin));
+        end.ok_or_else(|| too_large(self.copy.tensor, self.shape))
+    }
+}
+
+/// Row-major, rows padded to 16 bytes; a dimension of stride 0 stays one. `add`: to what the caller's tensor, of this type,
+/// holds.
+fn stage<T: Debug + std::marker::Copy>(
+    tensor: T,
+    shape: [usize; 4],
+    strides: [usize; 4],
+    align: u64,
+    back: bool,
+    add: Option<DType>,
+) -> Result<Staged<T>, PlanError> {
     let refuse = || too_large(tensor, shape);
     let steps = steps(shape, strides);
     let [b, n, h, d] = shape;
@@ -182,7 +222,7 @@ fn stage(tensor: Tensor, shape: [usize; 4], strides: [usize; 4], align: u64) -> 
     let mut elements = row;
     let mut sizes = [b, n, h];
     for i in [2, 1, 0] {
-        // Repeated rows are copied once (o has none: validated to be distinct).
+        // Repeated rows are copied once (results have none: validated to be distinct).
         sizes[i] = if steps[i] == 0 { 1 } else { sizes[i] };
         to[i] = if sizes[i] > 1 { elements } else { 0 };
         elements = elements.checked_mul(sizes[i]).ok_or_else(refuse)?;
@@ -195,18 +235,18 @@ fn stage(tensor: Tensor, shape: [usize; 4], strides: [usize; 4], align: u64) -> 
     let copied = to.map(|stride| stride as u64 * 2);
     // The widest power of two that divides everything.
     let bits = caller.iter().chain(&copied).fold(align | (2 * d as u64) | 16, |bits, &x| bits | x);
-    let config = CopyConfig { bytes: 1 << bits.trailing_zeros() };
+    let config = CopyConfig { bytes: 1 << bits.trailing_zeros(), add };
     let [batch, seqlen, heads] = sizes;
     let rows = seqlen.checked_mul(heads).filter(|&rows| rows < 1 << 31).ok_or_else(refuse)?;
     // Validated to be below 2³⁰ each.
     let sizes = [rows, heads, batch, 2 * d / config.bytes as usize].map(|x| x as u32);
     let launch = config.launch(sizes[0], sizes[3], sizes[2]);
-    let (from, to_bytes) = if tensor == Tensor::O { (copied, caller) } else { (caller, copied) };
-    let copy = Copy { tensor, config, launch, from, to: to_bytes, sizes };
-    Ok(Staged { copy, strides: [to[0], to[1], to[2], 1], bytes })
+    let (from, to_bytes) = if back { (copied, caller) } else { (caller, copied) };
+    let copy = Copy { tensor, back, config, launch, from, to: to_bytes, sizes };
+    Ok(Staged { copy, shape, strides: [to[0], to[1], to[2], 1], bytes })
 }
 
-fn too_large(tensor: Tensor, shape: [usize; 4]) -> PlanError {
+fn too_large(tensor: impl Debug, shape: [usize; 4]) -> PlanError {
     PlanError::Unsupported {
         feature: Feature::Size,
         executor: "copy_rows",

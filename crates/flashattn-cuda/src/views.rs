@@ -155,6 +155,24 @@ impl<'a> DeviceSlice<'a> {
     }
 }
 
+/// Refuses numbers that should not be there, that are missing, or of another length; `expected`: None if there are to be none.
+pub(crate) fn optional(
+    name: &'static str,
+    given: Option<DeviceSlice<'_>>,
+    ordinal: u32,
+    expected: Option<usize>,
+) -> Result<(), Error> {
+    match (given, expected) {
+        (Some(slice), Some(len)) => slice.expect(name, ordinal, len),
+        (None, None) => Ok(()),
+        (given, _) => {
+            let word = |given| if given { "given" } else { "absent" };
+            let (got, expected) = (word(given.is_some()), word(expected.is_some()));
+            Err(ProblemError::Presence { name, got, expected }.into())
+        }
+    }
+}
+
 fn same(what: &'static str, got: u32, expected: u32) -> Result<(), Error> {
     if got == expected { Ok(()) } else { Err(Error::OtherDevice { what, got, expected }) }
 }

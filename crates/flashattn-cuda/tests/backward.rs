@@ -1,26 +1,25 @@
 //! The backward kernels pass the corpus in the emulator, and ptxas takes every config that the corpus asks for.
 //!
-//! o and lse come from the oracle. Tensors that TMA cannot take are copied to memory that it can, with NaN between the rows,
-//! and f32 cases run as bf16; what is refused then is refused for its head dimension. `CASE=part-of-a-name` runs some cases.
+//! o and lse come from the oracle. Tensors that the kernels cannot take are staged by `copy_rows`, and f32 cases run as bf16;
+//! what is refused then is refused for its head dimension. `CASE=part-of-a-name` runs some cases.
+
+mod emulated;
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
+use emulated::{GRID, copy, failed, refused};
 use flashattn_cuda::kernels::{
     BwdConfig, flash_bwd_sm90, flash_bwd_sm90_postprocess, flash_bwd_sm90_preprocess,
 };
 use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
+use flashattn_cuda::stage::{GradLayout, Location, StagedBackward};
 use flashattn_spec::reference;
 use flashattn_spec::suite::{Case, ExecError, Executor, Report, Runner, corpus, random_cases};
-use flashattn_spec::{
-    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
-};
+use flashattn_spec::{AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View};
 use ptx::Kernel;
-use ptx::emulate::{Arg, Buffer, Launch, Memory, emulate};
-
-/// Blocks of a launch: more than one, so that items are shared out, and few, so that a block has several.
-const GRID: u32 = 3;
+use ptx::emulate::{Arg, Launch, Memory, emulate};
 
 /// The kernels of a config, in the order of their launches.
 type Kernels = Arc<[Kernel; 3]>;
@@ -30,19 +29,10 @@ type Kernels = Arc<[Kernel; 3]>;
 struct Emulator {
     kernels: Mutex<HashMap<BwdConfig, Kernels>>,
     deterministic: bool,
+    /// Adds to what the gradients hold.
+    accumulate: bool,
     /// Another interleaving of the warps.
     seed: u64,
-}
-
-fn failed(error: impl std::fmt::Display) -> ExecError {
-    ExecError::Failed(error.to_string())
-}
-
-fn refused(error: PlanError) -> ExecError {
-    match error {
-        PlanError::Unsupported { .. } => ExecError::Unsupported { feature: error.to_string() },
-        PlanError::Problem(_) => failed(error),
-    }
 }
 
 fn kernels(config: &BwdConfig) -> [Kernel; 3] {
@@ -71,63 +61,6 @@ fn staged_strides([_, n, h, d]: [usize; 4]) -> [usize; 4] {
 
 fn rows([b, n, h, _]: [usize; 4]) -> impl Iterator<Item = [usize; 3]> {
     (0..b).flat_map(move |i| (0..n).flat_map(move |j| (0..h).map(move |k| [i, j, k])))
-}
-
-/// A copy of a view with rows of a multiple of 8 elements, and NaN between them.
-fn stage<T: Element>(view: &View<T>) -> Vec<T> {
-    let (shape, strides) = (view.shape(), staged_strides(view.shape()));
-    let mut data = vec![T::from_f32(f32::NAN); shape[0] * strides[0]];
-    for [i, j, k] in rows(shape) {
-        let at = i * strides[0] + j * strides[1] + k * strides[2];
-        data[at..at + shape[3]].copy_from_slice(view.row(i, j, k));
-    }
-    data
-}
-
-/// Where a gradient is computed: in the caller's memory as it is, or, if pairs of columns would not be aligned there, in a copy.
-fn output_strides<T>(view: &ViewMut<T>) -> [usize; 4]
-where
-    T: Element,
-{
-    let strides = view.strides();
-    if strides[..3].iter().all(|stride| stride % 2 == 0) { strides } else { staged_strides(view.shape()) }
-}
-
-/// Uploads what a gradient's memory holds, in these strides.
-fn upload_output<T: Element>(
-    memory: &mut Memory,
-    name: &str,
-    view: &ViewMut<T>,
-    strides: [usize; 4],
-) -> Buffer {
-    match strides == view.strides() {
-        true => memory.upload(name, view.as_view().data()),
-        false => memory.upload(name, &stage(&view.as_view())),
-    }
-}
-
-/// Reads a gradient back.
-fn read_output<T: Element>(
-    memory: &Memory,
-    buffer: Buffer,
-    view: &mut ViewMut<T>,
-    strides: [usize; 4],
-) -> Result<(), ExecError> {
-    let data = memory.read::<T>(buffer).map_err(failed)?;
-    if strides == view.strides() {
-        view.data_mut().copy_from_slice(&data);
-        return Ok(());
-    }
-    let shape = view.shape();
-    for [i, j, k] in rows(shape) {
-        let at = i * strides[0] + j * strides[1] + k * strides[2];
-        view.row_mut(i, j, k).copy_from_slice(&data[at..at + shape[3]]);
-    }
-    let gap = |at: usize| at % shape[3].next_multiple_of(8).max(1) >= shape[3];
-    match (0..data.len()).find(|&at| gap(at) && data[at].to_f32().is_finite()) {
-        Some(at) => Err(ExecError::Failed(format!("wrote to element {at} of a gap"))),
-        None => Ok(()),
-    }
 }
 
 impl Executor for Emulator {
@@ -164,20 +97,28 @@ impl Executor for Emulator {
         given.check(problem)?;
         gradients.check(problem)?;
         let read = [inputs.q, inputs.k, inputs.v, given.o, given.d_o];
-        let [q, k, v, o, d_o] = read.map(|view| staged_strides(view.shape()));
-        let [dq, dk, dv] = [&gradients.dq, &gradients.dk, &gradients.dv].map(output_strides);
+        let written = [&gradients.dq, &gradients.dk, &gradients.dv].map(|view| view.as_view());
+        let views: [View<'_, T>; 8] = std::array::from_fn(|i| if i < 5 { read[i] } else { written[i - 5] });
+        let [q, k, v, o, d_o, dq, dk, dv] = views.map(|view| view.strides());
         let strides = GradStrides { forward: Strides { q, k, v, o }, d_o, dq, dk, dv };
-        let plan = BackwardPlan::new(problem, &strides, given.d_lse.is_some(), self.deterministic)
-            .map_err(refused)?;
+        // Memory begins as the caller's does in its 16 bytes, so that the addresses' alignment is tested too.
+        let offsets = views.map(|view| view.data().as_ptr().addr() as u64 % 16);
+        let layout = GradLayout {
+            d_lse: given.d_lse.is_some(),
+            accumulate: self.accumulate,
+            ..GradLayout::new(strides, offsets)
+        };
+        let staged = StagedBackward::new(problem, &layout, self.deterministic).map_err(refused)?;
+        let plan = &staged.backward;
         let kernels = self.kernels(&plan.config)?;
         let mut memory = Memory::new();
         let mut buffers = HashMap::new();
-        for (tensor, view) in [G::Q, G::K, G::V, G::O, G::DO].into_iter().zip(&read) {
-            buffers.insert(tensor, memory.upload(&format!("{tensor:?}"), &stage(view)));
-        }
-        let outputs = [(G::DQ, &gradients.dq, dq), (G::DK, &gradients.dk, dk), (G::DV, &gradients.dv, dv)];
-        for (tensor, view, strides) in outputs {
-            buffers.insert(tensor, upload_output(&mut memory, &format!("{tensor:?}"), view, strides));
+        let tensors = [G::Q, G::K, G::V, G::O, G::DO, G::DQ, G::DK, G::DV];
+        // Outputs keep what they held, so that the suite sees what was not written, and what should not have been.
+        for ((tensor, view), offset) in tensors.into_iter().zip(views).zip(offsets) {
+            let before = vec![T::from_f32(f32::NAN); offset as usize / size_of::<T>()];
+            let buffer = memory.upload(&format!("{tensor:?}"), &[&before, view.data()].concat());
+            buffers.insert(tensor, (buffer, offset));
         }
         let floats = [
             (G::Lse, Some(given.lse)),
@@ -185,34 +126,35 @@ impl Executor for Emulator {
             (G::Sinks, inputs.sinks),
             (G::DSinks, gradients.d_sinks.as_deref()),
         ];
-        for (tensor, data) in floats {
-            // What is added to begins at 0; the rest keeps what it held, so that the suite sees what was not written.
+        let tables = gradients.d_tables.iter().enumerate().map(|(i, table)| (G::DTable(i), Some(&**table)));
+        for (tensor, data) in floats.into_iter().chain(tables) {
             let data = data.unwrap_or(&[]);
             let zeros = vec![0f32; data.len()];
             let data = if plan.zeroed.contains(&tensor) { &zeros } else { data };
-            buffers.insert(tensor, memory.upload(&format!("{tensor:?}"), data));
+            buffers.insert(tensor, (memory.upload(&format!("{tensor:?}"), data), 0));
         }
-        for (i, table) in gradients.d_tables.iter().enumerate() {
-            assert!(plan.zeroed.contains(&G::DTable(i)));
-            let zeros = vec![0f32; table.len()];
-            buffers.insert(G::DTable(i), memory.upload(&format!("table gradient {i}"), &zeros));
-        }
-        for &(tensor, bytes) in &plan.workspace {
-            buffers.insert(tensor, memory.alloc(&format!("{tensor:?}"), bytes));
-        }
+        // NaN in the gaps of staged tensors: nothing of them may reach a result.
+        let workspace = memory.upload("workspace", &vec![u32::MAX; staged.workspace as usize / 4]);
         for (i, up) in plan.uploads.iter().enumerate() {
-            buffers.insert(G::Upload(i), memory.upload(&up.name, up.bytes()));
+            buffers.insert(G::Upload(i), (memory.upload(&up.name, up.bytes()), 0));
         }
-        buffers.insert(G::Counter, memory.upload("counter", &[0u32]));
+        buffers.insert(G::Counter, (memory.upload("counter", &[0u32]), 0));
+        let place = |tensor: GradTensor| match staged.place(tensor) {
+            Location::Caller => buffers[&tensor],
+            Location::Workspace(offset) => (workspace, offset),
+        };
         let args = plan.arguments.iter().map(|argument| match argument.clone() {
             Argument::U32(x) => Arg::U32(x),
             Argument::S32(x) => Arg::S32(x),
             Argument::F32(x) => Arg::F32(x),
             Argument::U64(x) => Arg::U64(x),
-            Argument::Address(tensor) => Arg::Buffer(buffers[&tensor], 0),
-            Argument::TensorMap(map, tensor) => Arg::TensorMap(map, buffers[&tensor], 0),
+            Argument::Address(tensor) => Arg::Buffer(place(tensor).0, place(tensor).1),
+            Argument::TensorMap(map, tensor) => Arg::TensorMap(map, place(tensor).0, place(tensor).1),
         });
         let args: Vec<Arg> = args.collect();
+        for step in &staged.before {
+            copy(step, &mut memory, buffers[&step.tensor], place(step.tensor))?;
+        }
         let mut hasher = DefaultHasher::new();
         (self.seed, bytemuck::cast_slice::<T, u8>(inputs.q.data())).hash(&mut hasher);
         let grids = [plan.query_blocks, plan.grid(GRID), plan.query_blocks];
@@ -228,17 +170,23 @@ impl Executor for Emulator {
             };
             emulate(kernel, &mut memory, &launch).map_err(failed)?;
         }
-        if memory.read::<u32>(buffers[&G::Counter]).map_err(failed)? != [0] {
+        if memory.read::<u32>(buffers[&G::Counter].0).map_err(failed)? != [0] {
             return Err(ExecError::Failed("the counter of items is not back at 0".to_owned()));
         }
-        read_output(&memory, buffers[&G::DQ], &mut gradients.dq, dq)?;
-        read_output(&memory, buffers[&G::DK], &mut gradients.dk, dk)?;
-        read_output(&memory, buffers[&G::DV], &mut gradients.dv, dv)?;
+        for step in &staged.after {
+            copy(step, &mut memory, buffers[&step.tensor], place(step.tensor))?;
+        }
+        let results = [&mut gradients.dq, &mut gradients.dk, &mut gradients.dv];
+        for (tensor, view) in [G::DQ, G::DK, G::DV].into_iter().zip(results) {
+            let (buffer, offset) = buffers[&tensor];
+            let data = memory.read::<T>(buffer).map_err(failed)?;
+            view.data_mut().copy_from_slice(&data[offset as usize / size_of::<T>()..]);
+        }
         if let Some(d_sinks) = &mut gradients.d_sinks {
-            d_sinks.copy_from_slice(&memory.read::<f32>(buffers[&G::DSinks]).map_err(failed)?);
+            d_sinks.copy_from_slice(&memory.read::<f32>(buffers[&G::DSinks].0).map_err(failed)?);
         }
         for (i, table) in gradients.d_tables.iter_mut().enumerate() {
-            table.copy_from_slice(&memory.read::<f32>(buffers[&G::DTable(i)]).map_err(failed)?);
+            table.copy_from_slice(&memory.read::<f32>(buffers[&G::DTable(i)].0).map_err(failed)?);
         }
         Ok(())
     }
@@ -363,6 +311,90 @@ fn deterministic_plans_give_the_same_bits() {
     let refused =
         |skip: &flashattn_spec::suite::Skip| skip.feature.starts_with(Feature::Deterministic.name());
     assert!(report.skips.iter().all(refused));
+}
+
+/// Each pass a second time, added to what the gradients then hold; the first one's results are left.
+struct Adding(Emulator);
+
+/// Elements of the views, and the numbers.
+fn values<T: Element>(gradients: &Gradients<T>) -> Vec<f32> {
+    let views = [&gradients.dq, &gradients.dk, &gradients.dv].map(|view| view.as_view());
+    let rows = views.iter().flat_map(|view| rows(view.shape()).flat_map(|[i, j, k]| view.row(i, j, k)));
+    let numbers = gradients.d_sinks.iter().flat_map(|x| x.iter());
+    rows.map(|x| x.to_f32())
+        .chain(numbers.copied())
+        .chain(gradients.d_tables.iter().flat_map(|x| x.iter().copied()))
+        .collect()
+}
+
+/// Sets what [`values`] gives.
+fn set<T: Element>(gradients: &mut Gradients<T>, values: &[f32]) {
+    let mut values = values.iter();
+    let mut next = || *values.next().expect("as many as there are");
+    for view in [&mut gradients.dq, &mut gradients.dk, &mut gradients.dv] {
+        for [i, j, k] in rows(view.shape()) {
+            view.row_mut(i, j, k).iter_mut().for_each(|x| *x = T::from_f32(next()));
+        }
+    }
+    let numbers = gradients.d_sinks.iter_mut().flat_map(|x| x.iter_mut());
+    numbers.for_each(|x| *x = next());
+    gradients.d_tables.iter_mut().flat_map(|x| x.iter_mut()).for_each(|x| *x = next());
+}
+
+impl Executor for Adding {
+    fn device(&self) -> String {
+        format!("{}, added up", self.0.device())
+    }
+
+    fn forward<T: Element>(
+        &self,
+        problem: &AttentionProblem,
+        inputs: &Inputs<T>,
+        outputs: &mut Outputs<T>,
+    ) -> Result<(), ExecError> {
+        self.0.forward(problem, inputs, outputs)
+    }
+
+    fn backward<T: Element>(
+        &self,
+        problem: &AttentionProblem,
+        inputs: &Inputs<T>,
+        given: &GradInputs<T>,
+        gradients: &mut Gradients<T>,
+    ) -> Result<(), ExecError> {
+        self.0.backward(problem, inputs, given, gradients)?;
+        let plain = values(gradients);
+        let old: Vec<f32> = (0..plain.len()).map(|i| (i as f32 * 0.37).sin()).collect();
+        set(gradients, &old);
+        Emulator { accumulate: true, ..Emulator::default() }.backward(problem, inputs, given, gradients)?;
+        let sums = values(gradients);
+        set(gradients, &plain);
+        // Orders of sums differ from run to run: a rounding of the gradient, one of the sum, one of what was there.
+        let near = |((sum, plain), old): ((&f32, &f32), &f32)| {
+            let allowed = 2.0 * problem.dtype.epsilon() as f32 * (plain.abs() + old.abs()) + 1e-4;
+            let expected = plain + old;
+            sum.is_nan() && expected.is_nan() || *sum == expected || (sum - expected).abs() <= allowed
+        };
+        match sums.iter().zip(&plain).zip(&old).position(|all| !near(all)) {
+            None => Ok(()),
+            Some(at) => {
+                let (plain, old, sum) = (plain[at], old[at], sums[at]);
+                Err(ExecError::Failed(format!("element {at}: {plain} added to {old} gives {sum}")))
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_are_added_to_what_is_there() {
+    let mut cases: Vec<Case> = cases().into_iter().filter(|case| case.problem.dtype != DType::F32).collect();
+    cases.retain(|case| !too_wide(case));
+    let cases: Vec<Case> = cases.into_iter().step_by(13).collect();
+    let report = Runner::new().run(&Adding(Emulator::default()), &cases);
+    println!("{report}");
+    assert!(report.all_passed());
+    let has = |what: fn(&AttentionProblem) -> bool| cases.iter().any(|case| what(&case.problem));
+    assert!(has(|p| p.sinks) && has(|p| !p.grad_tables().is_empty()) && has(|p| p.dtype == DType::F16));
 }
 
 /// The plan of dense tensors, as far as TMA takes them.

@@ -4,14 +4,17 @@
 //! no other reason than those named may occur. Then the refused ones of f32 again, as bf16. `CASE=part-of-a-name` runs some
 //! of the cases.
 
+mod emulated;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
+use emulated::{GRID, copy, failed, refused};
 use flashattn_cuda::config::{FORWARD_SM90, FORWARD_SM90_PROGRAMS, Tiles};
 use flashattn_cuda::kernels::{CopyConfig, FwdConfig, copy_rows, flash_fwd_sm90};
 use flashattn_cuda::plan::{Argument, Feature, ForwardPlan, PlanError, Strides, Tensor};
-use flashattn_cuda::stage::{Copy, Layout, Location, StagedPlan};
+use flashattn_cuda::stage::{Layout, Location, StagedPlan};
 use flashattn_spec::mask::Mask;
 use flashattn_spec::score_mod::ScoreMod;
 use flashattn_spec::suite::{
@@ -19,10 +22,7 @@ use flashattn_spec::suite::{
 };
 use flashattn_spec::{AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs};
 use ptx::Kernel;
-use ptx::emulate::{Arg, Buffer, Launch, Memory, emulate};
-
-/// Blocks of a launch: more than one, so that tiles are shared out, and few, so that a block has several.
-const GRID: u32 = 3;
+use ptx::emulate::{Arg, Launch, Memory, emulate};
 
 /// Runs a problem's forward pass in the emulator.
 #[derive(Default)]
@@ -42,30 +42,6 @@ impl Emulator {
         self.kernels.lock().expect("no thread panics with it").insert(config.clone(), kernel.clone());
         Ok(kernel)
     }
-}
-
-fn failed(error: impl std::fmt::Display) -> ExecError {
-    ExecError::Failed(error.to_string())
-}
-
-fn refused(error: PlanError) -> ExecError {
-    match error {
-        PlanError::Unsupported { .. } => ExecError::Unsupported { feature: error.to_string() },
-        PlanError::Problem(_) => failed(error),
-    }
-}
-
-/// Runs a copy in the emulator, from and to so many bytes into a buffer.
-fn copy(step: &Copy, memory: &mut Memory, from: (Buffer, u64), to: (Buffer, u64)) -> Result<(), ExecError> {
-    let [from, to] = [from, to].map(|(buffer, offset)| memory.address(buffer) + offset);
-    let (long, short) = step.arguments(from, to);
-    let args = long.map(Arg::U64).into_iter().chain(short.map(Arg::U32)).collect();
-    // Fewer blocks than planned: each has several turns.
-    let grid = step.launch.grid.map(|blocks| blocks.min(GRID));
-    let kernel = copy_rows(&step.config);
-    ptx::verify(&kernel).map_err(failed)?;
-    emulate(&kernel, memory, &Launch { grid, args, ..Launch::default() }).map_err(failed)?;
-    Ok(())
 }
 
 impl Executor for Emulator {
@@ -152,7 +128,7 @@ impl Executor for Emulator {
             return Err(ExecError::Failed("the tile counter is not back at 0".to_owned()));
         }
         for step in &staged.after {
-            copy(step, &mut memory, place(step.tensor), caller(step.tensor))?;
+            copy(step, &mut memory, caller(step.tensor), place(step.tensor))?;
         }
         let o = memory.read::<T>(buffers[3]).map_err(failed)?;
         outputs.o.data_mut().copy_from_slice(&o[offsets[3] / size_of::<T>()..]);
@@ -348,7 +324,7 @@ fn ptxas_takes_every_config() {
         report.err().map(|error| format!("{error}: {config:?}"))
     };
     let halves = configs.chunks(configs.len().div_ceil(2));
-    let copies = [2, 4, 8, 16].map(|bytes| ptx::assemble(&copy_rows(&CopyConfig { bytes })));
+    let copies = [2, 4, 8, 16].map(|bytes| ptx::assemble(&copy_rows(&CopyConfig { bytes, add: None })));
     for report in copies {
         report.and_then(|report| report.check()).expect("copies take few registers");
     }

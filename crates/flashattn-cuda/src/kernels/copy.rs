@@ -1,14 +1,18 @@
-//! A tensor's rows from one layout to another: for tensors that TMA, or the forward kernel's stores, cannot take.
+//! A tensor's rows from one layout to another: for tensors that TMA, or the kernels' stores, cannot take; and for results that
+//! are added to what is there.
 //!
 //! ```text
-//! each thread: for its sequences, for its rows (position, head), for its pieces of a row: load; store
+//! each thread: for its sequences, for its rows (position, head), for its pieces of a row: load; (add;) store
 //! ```
 //!
-//! Rows are dense and of 16-bit elements; the other strides are any, 0 too. Pieces are as wide as both layouts are aligned.
+//! Rows are dense; the other strides are any, 0 too. Pieces are as wide as both layouts are aligned.
 
-use ptx::build::{Address, Reg};
+use flashattn_spec::DType;
+use ptx::build::{Address, Half, Reg};
 use ptx::types::Scalar;
-use ptx::{Kernel, Target, build};
+use ptx::{BF16x2, F16x2, Kernel, Target, build};
+
+use super::global::{float, half_bits};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -18,6 +22,8 @@ const THREADS: u32 = 256;
 pub struct CopyConfig {
     /// Bytes of a piece: 2, 4, 8 or 16. Rows, strides and addresses are multiples of it.
     pub bytes: u32,
+    /// Whether to add, in f32, to what `to` holds, and of which type the elements then are: f32, or a 16-bit one.
+    pub add: Option<DType>,
 }
 
 /// How the threads of a copy are laid over a tensor.
@@ -45,7 +51,11 @@ impl CopyConfig {
 /// bytes (four `u64`); `to` likewise; `rows` (seqlen · heads, below 2³¹), `heads`, `batch`, `pieces` of a row, and `shift`
 /// (of [`CopyLaunch`]).
 pub fn copy_rows(config: &CopyConfig) -> Kernel {
-    build(&format!("copy_rows_{}", config.bytes), Target::Sm80, THREADS, |k| {
+    let name = match config.add {
+        None => format!("copy_rows_{}", config.bytes),
+        Some(dtype) => format!("add_rows_{}_{dtype}", config.bytes),
+    };
+    build(&name, Target::Sm80, THREADS, |k| {
         let [from, to] = ["from", "to"].map(|name| Rows {
             data: k.param_ptr(name),
             strides: ["batch", "row", "head"].map(|dim| k.param_ptr(&format!("{name}_{dim}"))),
@@ -62,7 +72,12 @@ pub fn copy_rows(config: &CopyConfig) -> Kernel {
                 let (from, to) = (from.at(place), to.at(place));
                 k.for_(column, pieces, share, |i| {
                     let [from, to] = [from, to].map(|row| i.mad_wide(config.bytes, row).address());
-                    copy(config.bytes, from, to);
+                    match config.add {
+                        None => copy(config.bytes, from, to),
+                        Some(DType::F32) => add_floats(config.bytes, from, to),
+                        Some(DType::F16) => add_halves::<F16x2>(config.bytes, from, to),
+                        Some(_) => add_halves::<BF16x2>(config.bytes, from, to),
+                    }
                 });
             });
         });
@@ -95,13 +110,43 @@ fn copy(bytes: u32, from: Address<'_, u64>, to: Address<'_, u64>) {
     }
 }
 
+fn add_floats(bytes: u32, from: Address<'_, u64>, to: Address<'_, u64>) {
+    for at in (0..bytes as i32).step_by(4) {
+        let (from, to) = (from.at(at), to.at(at));
+        to.store(to.load::<f32>() + from.load::<f32>());
+    }
+}
+
+/// A pair at a time, or one element where pairs are not aligned.
+fn add_halves<H: Half>(bytes: u32, from: Address<'_, u64>, to: Address<'_, u64>) {
+    fn words<H: Half, const N: usize>(from: Address<'_, u64>, to: Address<'_, u64>) {
+        let (from, old) = (from.load_vec::<u32, N>(), to.load_vec::<u32, N>());
+        to.store_vec::<H, N>(std::array::from_fn(|i| sum::<H>(from[i], old[i])));
+    }
+    match bytes {
+        2 => {
+            let [from, old] = [from, to].map(|at| float::<H>(at.load()));
+            to.store(half_bits::<H>(from + old));
+        }
+        4 => to.store(sum::<H>(from.load(), to.load())),
+        8 => words::<H, 2>(from, to),
+        _ => words::<H, 4>(from, to),
+    }
+}
+
+fn sum<'k, H: Half>(a: Reg<'k, u32>, b: Reg<'k, u32>) -> Reg<'k, H> {
+    let [low, high] =
+        [0, 16].map(|shift| float::<H>((a >> shift).to_u16()) + float::<H>((b >> shift).to_u16()));
+    a.builder().pack(low, high)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn launches_cover_every_piece() {
-        let config = CopyConfig { bytes: 4 };
+        let config = CopyConfig { bytes: 4, add: None };
         assert_eq!(config.launch(1000, 18, 3), CopyLaunch { shift: 5, grid: [125, 3, 1] });
         assert_eq!(config.launch(1, 1, 1), CopyLaunch { shift: 0, grid: [1, 1, 1] });
         assert_eq!(config.launch(u32::MAX / 2, 300, 1 << 20).grid, [1 << 14, 1 << 15, 1]);
