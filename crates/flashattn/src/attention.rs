@@ -29,6 +29,7 @@ pub struct Attention {
     varlen: Option<Varlen>,
     device: Device,
     threads: Option<usize>,
+    deterministic: bool,
     /// The first error of an option that could not be made.
     error: Option<Error>,
 }
@@ -164,6 +165,14 @@ impl Attention {
         self
     }
 
+    /// Sets whether gradients have the same bits in every run. On the CPU all results have anyway, and so have, on a GPU, all but
+    /// the gradients of q and of tables: blocks of keys then add to that of q in a fixed order, which takes some percent more
+    /// time. Gradients of tables are refused then.
+    pub fn deterministic(mut self, deterministic: bool) -> Self {
+        self.deterministic = deterministic;
+        self
+    }
+
     /// The problem that these options make of tensors of the given shape and type, checked: what other
     /// executors, the oracle and the IO model take.
     ///
@@ -230,7 +239,7 @@ impl Attention {
         if self.threads == Some(0) {
             return Err(ProblemError::Zero { name: "threads" }.into());
         }
-        Plan::new(problem, self.sinks.clone(), self.device, self.threads)
+        Plan::new(problem, self.sinks.clone(), self.device, self.threads)?.deterministic(self.deterministic)
     }
 
     /// Attention of q, k and v: `[batch, seqlen_q, heads_q, head_dim_v]`, dense.

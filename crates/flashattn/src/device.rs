@@ -10,8 +10,8 @@ pub enum Device {
     /// This machine's CPU, by the best instruction set it has.
     #[default]
     Cpu,
-    /// The NVIDIA GPU of this number, from 0, of the Hopper generation (compute capability 9.0): the forward pass, in bf16
-    /// and f16. With the cargo feature `cuda`, which is on by default; without a driver plans are refused.
+    /// The NVIDIA GPU of this number, from 0, of the Hopper generation (compute capability 9.0), in bf16 and f16.
+    /// With the cargo feature `cuda`, which is on by default; without a driver plans are refused.
     Cuda(u32),
 }
 

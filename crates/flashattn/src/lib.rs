@@ -104,8 +104,8 @@
 //! # Ok::<(), flashattn::Error>(())
 //! ```
 //!
-//! On an NVIDIA GPU the same calls run with [`Device::Cuda`], in bf16 and f16, forward. They copy host tensors there and back;
-//! tensors that are on the GPU already, another library's too, go to `Plan::forward_on` with a stream. Nothing of CUDA is
+//! On an NVIDIA GPU the same calls run with [`Device::Cuda`], in bf16 and f16. They copy host tensors there and back; tensors that
+//! are on the GPU already, another library's too, go to `Plan::forward_on` and `Plan::backward_on` with a stream. Nothing of CUDA is
 //! needed to build; without a driver the plan is refused:
 //!
 #![cfg_attr(feature = "cuda", doc = "```")]
@@ -144,7 +144,7 @@ pub use device::{Device, ParseDeviceError};
 pub use error::Error;
 pub use output::{Gradients, Output};
 #[cfg(feature = "cuda")]
-pub use plan::gpu::DeviceTensors;
+pub use plan::gpu::{DeviceGradients, DeviceTensors};
 pub use plan::{GradientsMut, Plan, Shape};
 pub use tensor::{AsView, AsViewMut, Tensor};
 

@@ -127,6 +127,20 @@ impl<T: Element> Plan<T> {
         }
     }
 
+    /// Sets whether gradients have the same bits in every run: see [`crate::Attention::deterministic`].
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] if the device cannot do it: a GPU adds up gradients of tables in any order.
+    pub fn deterministic(mut self, deterministic: bool) -> Result<Self, Error> {
+        match &mut self.executor {
+            // Always.
+            Executor::Cpu(_) => {}
+            #[cfg(feature = "cuda")]
+            Executor::Cuda(gpu) => gpu.set_deterministic(deterministic)?,
+        }
+        Ok(self)
+    }
+
     pub(crate) fn new(
         problem: AttentionProblem,
         sinks: Option<Arc<[f32]>>,
@@ -187,12 +201,12 @@ impl<T: Element> Plan<T> {
         }
     }
 
-    /// As [`Plan::forward_workspace_bytes`], of [`Plan::backward`]; 0 where that is not supported.
+    /// As [`Plan::forward_workspace_bytes`], of [`Plan::backward`]. (On a GPU it is planned anew to answer.)
     pub fn backward_workspace_bytes(&self) -> usize {
         match &self.executor {
             Executor::Cpu(plan) => plan.backward_workspace_bytes(),
             #[cfg(feature = "cuda")]
-            Executor::Cuda(_) => 0,
+            Executor::Cuda(gpu) => gpu.backward_workspace_bytes(),
         }
     }
 
@@ -230,8 +244,11 @@ impl<T: Element> Plan<T> {
     /// [`GradientsMut::d_sinks`] is given exactly when there are sinks, and [`GradientsMut::d_tables`] has a
     /// slice for each of [`Plan::grad_tables`].
     ///
+    /// On a GPU the first call compiles the kernels, and each copies as [`Plan::forward`] does; tensors that are there already
+    /// are given to `Plan::backward_on`.
+    ///
     /// # Errors
-    /// If a tensor does not fit the plan; nothing is written then. [`Error::Unsupported`] on a GPU, for now.
+    /// If a tensor does not fit the plan; nothing is written then. On a GPU also what goes wrong there.
     pub fn backward(
         &self,
         q: &impl AsView<T>,
@@ -244,10 +261,7 @@ impl<T: Element> Plan<T> {
         match &self.executor {
             Executor::Cpu(plan) => Ok(plan.backward(&inputs, given, gradients)?),
             #[cfg(feature = "cuda")]
-            Executor::Cuda(_) => {
-                inputs.check(&self.problem)?;
-                Err(Error::Unsupported { feature: "the backward pass".to_owned(), executor: self.device })
-            }
+            Executor::Cuda(gpu) => gpu.backward_on_host(&inputs, given, gradients),
         }
     }
 

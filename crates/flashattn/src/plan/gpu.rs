@@ -3,14 +3,20 @@
 use super::Plan;
 use crate::Device;
 use crate::error::Error;
-use flashattn_cuda::stage::Layout;
-use flashattn_cuda::{Buffer, DeviceSlice, DeviceView, Forward, ForwardArgs, Stream, Workspace};
-use flashattn_spec::{AttentionProblem, Element, Inputs, Outputs};
+use flashattn_cuda::stage::{GradLayout, Layout, StagedBackward};
+use flashattn_cuda::{
+    Backward, BackwardArgs, Buffer, DeviceSlice, DeviceView, Forward, ForwardArgs, Stream, Workspace,
+};
+use flashattn_spec::{AttentionProblem, Element, GradInputs, Gradients, Inputs, Outputs};
+use std::sync::OnceLock;
 
 /// The passes of a problem on a GPU.
 pub(crate) struct Executor {
     device: Device,
     forward: Forward,
+    /// Made when it is first asked for: who only needs the forward pass does not wait for its kernels.
+    backward: OnceLock<Backward>,
+    deterministic: bool,
     sinks: Option<Buffer>,
     pub workspace_bytes: usize,
 }
@@ -23,9 +29,40 @@ impl Executor {
             let gpu = forward.device();
             let sinks = sinks.map(|sinks| gpu.upload(&gpu.stream()?, sinks)).transpose()?;
             let workspace_bytes = forward.workspace_bytes(&Layout::dense(problem))? as usize;
-            Ok(Executor { device, sinks, workspace_bytes, forward })
+            let backward = OnceLock::new();
+            Ok(Executor { device, sinks, workspace_bytes, forward, backward, deterministic: false })
         };
         make().map_err(Error::cuda(device))
+    }
+
+    pub fn set_deterministic(&mut self, deterministic: bool) -> Result<(), Error> {
+        if self.deterministic != deterministic {
+            self.deterministic = deterministic;
+            self.backward = OnceLock::new();
+            // What cannot be done is refused now.
+            self.plan_backward()?;
+        }
+        Ok(())
+    }
+
+    fn plan_backward(&self) -> Result<StagedBackward, Error> {
+        let problem = self.forward.problem();
+        let plan = StagedBackward::new(problem, &GradLayout::dense(problem), self.deterministic);
+        plan.map_err(|error| Error::cuda(self.device)(error.into()))
+    }
+
+    /// 0 for what would be refused.
+    pub fn backward_workspace_bytes(&self) -> usize {
+        self.plan_backward().map_or(0, |plan| plan.workspace as usize)
+    }
+
+    fn backward(&self) -> Result<&Backward, Error> {
+        if let Some(backward) = self.backward.get() {
+            return Ok(backward);
+        }
+        let backward = Backward::new(self.forward.device(), self.forward.problem(), self.deterministic);
+        let backward = backward.map_err(Error::cuda(self.device))?;
+        Ok(self.backward.get_or_init(|| backward))
     }
 
     pub fn on_host<T: Element>(
@@ -34,6 +71,20 @@ impl Executor {
         outputs: &mut Outputs<'_, T>,
     ) -> Result<(), Error> {
         self.forward.run_on_host(inputs, outputs).map_err(Error::cuda(self.device))
+    }
+
+    pub fn backward_on_host<T: Element>(
+        &self,
+        inputs: &Inputs<'_, T>,
+        given: &GradInputs<'_, T>,
+        gradients: &mut Gradients<'_, T>,
+    ) -> Result<(), Error> {
+        self.backward()?.run_on_host(inputs, given, gradients).map_err(Error::cuda(self.device))
+    }
+
+    fn sinks(&self) -> Result<Option<DeviceSlice<'_>>, flashattn_cuda::Error> {
+        let heads = self.forward.problem().heads_q;
+        self.sinks.as_ref().map(|buffer| DeviceSlice::new(buffer, 0, heads)).transpose()
     }
 }
 
@@ -60,6 +111,28 @@ impl DeviceTensors<'_> {
     }
 }
 
+/// What [`Plan::backward_on`] reads and writes besides the forward pass' tensors: shapes and strides as on the host. What is
+/// written overlaps nothing else.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceGradients<'a> {
+    /// Gradient of the loss with respect to o, of o's shape.
+    pub d_o: DeviceView<'a>,
+    /// Gradient with respect to lse, laid out like it; None: zero.
+    pub d_lse: Option<DeviceSlice<'a>>,
+    /// Gradient of q, of its shape; every element is written.
+    pub dq: DeviceView<'a>,
+    /// Gradient of k, likewise.
+    pub dk: DeviceView<'a>,
+    /// Gradient of v, likewise.
+    pub dv: DeviceView<'a>,
+    /// Gradient of the sinks `[heads_q]`; given exactly when there are sinks.
+    pub d_sinks: Option<DeviceSlice<'a>>,
+    /// Gradients of [`Plan::grad_tables`], in their order, f32, each as long as its table.
+    pub d_tables: &'a [DeviceSlice<'a>],
+    /// Whether to add to what the gradients hold: see [`BackwardArgs::accumulate`].
+    pub accumulate: bool,
+}
+
 impl<T: Element> Plan<T> {
     /// The forward pass of a plan for [`Device::Cuda`], with what is particular to GPUs: its device and streams, workspaces,
     /// preparation for graphs, which tensors are copied because of how they lie.
@@ -68,6 +141,14 @@ impl<T: Element> Plan<T> {
     /// [`Error::Unsupported`] for plans of other devices.
     pub fn gpu(&self) -> Result<&Forward, Error> {
         Ok(&self.on_gpu()?.forward)
+    }
+
+    /// As [`Plan::gpu`], of the backward pass, whose kernels the first call compiles.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for plans of other devices, and for what the kernels do not take.
+    pub fn gpu_backward(&self) -> Result<&Backward, Error> {
+        self.on_gpu()?.backward()
     }
 
     fn on_gpu(&self) -> Result<&Executor, Error> {
@@ -119,15 +200,50 @@ impl<T: Element> Plan<T> {
     ) -> Result<(), Error> {
         let gpu = self.on_gpu()?;
         let &DeviceTensors { q, k, v, o, lse } = tensors;
-        let sinks = |buffer| DeviceSlice::new(buffer, 0, self.problem.heads_q);
         let run = || {
-            let sinks = gpu.sinks.as_ref().map(sinks).transpose()?;
-            let args = ForwardArgs { q, k, v, sinks, o, lse };
+            let args = ForwardArgs { q, k, v, sinks: gpu.sinks()?, o, lse };
             match workspace {
                 Some(workspace) => gpu.forward.run_with(stream, &args, workspace),
                 None => gpu.forward.run(stream, &args),
             }
         };
         run().map_err(Error::cuda(self.device))
+    }
+
+    /// Puts the backward pass into a stream, from the forward pass' tensors, and does not wait: as [`Plan::forward_on`].
+    ///
+    /// The arguments of a run, for [`Backward::prepare`], [`Backward::workspace`] and [`Backward::staged`], are laid out as
+    /// [`Plan::backward_args`] says.
+    ///
+    /// # Errors
+    /// As [`Plan::forward_on`], and what the kernels do not take; [`Backward::wait`] names kernel and config.
+    pub fn backward_on(
+        &self,
+        stream: &Stream,
+        tensors: &DeviceTensors<'_>,
+        gradients: &DeviceGradients<'_>,
+        workspace: Option<&Workspace>,
+    ) -> Result<(), Error> {
+        let (backward, args) = (self.on_gpu()?.backward()?, self.backward_args(tensors, gradients)?);
+        let done = match workspace {
+            Some(workspace) => backward.run_with(stream, &args, workspace),
+            None => backward.run(stream, &args),
+        };
+        done.map_err(Error::cuda(self.device))
+    }
+
+    /// What [`Plan::backward_on`] gives to [`Backward::run`], the plan's sinks included.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for plans of other devices.
+    pub fn backward_args<'a>(
+        &'a self,
+        tensors: &DeviceTensors<'a>,
+        gradients: &DeviceGradients<'a>,
+    ) -> Result<BackwardArgs<'a>, Error> {
+        let &DeviceTensors { q, k, v, o, lse } = tensors;
+        let &DeviceGradients { d_o, d_lse, dq, dk, dv, d_sinks, d_tables, accumulate } = gradients;
+        let sinks = self.on_gpu()?.sinks().map_err(Error::cuda(self.device))?;
+        Ok(BackwardArgs { q, k, v, sinks, o, lse, d_o, d_lse, dq, dk, dv, d_sinks, d_tables, accumulate })
     }
 }

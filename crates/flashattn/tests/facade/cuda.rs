@@ -4,7 +4,8 @@ use crate::common::{assert_close, tensor};
 use flashattn::cuda::{DeviceSlice, DeviceView};
 use flashattn::spec::{Inputs, reference};
 use flashattn::{
-    AsView, Attention, AttentionProblem, DType, Device, DeviceTensors, Error, Plan, Shape, bf16, f16,
+    AsView, Attention, AttentionProblem, DType, Device, DeviceGradients, DeviceTensors, Error, Plan, Shape,
+    bf16, f16,
 };
 
 const SHAPE: [usize; 4] = [2, 70, 4, 40];
@@ -46,6 +47,7 @@ fn plans_of_the_cpu_take_no_device_tensors() {
     let plan = Attention::new().plan::<bf16>(shape()).unwrap();
     let error = plan.gpu().unwrap_err();
     assert_eq!(error.to_string(), "a tensor in a GPU's memory is not supported on cpu");
+    assert_eq!(plan.gpu_backward().unwrap_err(), error);
 }
 
 #[test]
@@ -99,6 +101,57 @@ fn host_and_device_tensors_on_a_gpu() {
     );
     assert_eq!(lse.read::<f32>(&stream).unwrap(), output.lse);
 
-    let error = attention.backward(&q, &k, &v, &output, &output.o, None).unwrap_err();
-    assert_eq!(error.to_string(), "the backward pass is not supported on cuda:0");
+    // The gradients, on host tensors and on the GPU's, the second time added to the first.
+    let loss = tensor::<bf16>([2, 70, 4, 24], 4);
+    let all = attention.backward(&q, &k, &v, &output, &loss, None).unwrap();
+    let exact = reference::backward(p, &inputs, view("do", &loss), None).unwrap();
+    let wide = |t: &flashattn::Tensor<bf16>| t.data().iter().map(|x| x.to_f32()).collect::<Vec<_>>();
+    assert_close("dq", &wide(&all.dq), &exact.dq, 0.05);
+    assert_close("dk", &wide(&all.dk), &exact.dk, 0.05);
+    assert_close("dv", &wide(&all.dv), &exact.dv, 0.05);
+    assert_close("dsinks", all.d_sinks.as_ref().unwrap(), &exact.d_sinks, 0.05);
+    let made = [p.q_shape(), p.k_shape(), p.v_shape()]
+        .map(|shape| gpu.alloc(2 * shape.into_iter().product::<usize>()).unwrap());
+    let (loss, d_sinks) = (gpu.upload(&stream, loss.data()).unwrap(), gpu.alloc(16).unwrap());
+    for accumulate in [false, true] {
+        let gradients = DeviceGradients {
+            d_o: at(&loss, p.o_shape()),
+            d_lse: None,
+            dq: at(&made[0], p.q_shape()),
+            dk: at(&made[1], p.k_shape()),
+            dv: at(&made[2], p.v_shape()),
+            d_sinks: Some(DeviceSlice::new(&d_sinks, 0, 4).unwrap()),
+            d_tables: &[],
+            accumulate,
+        };
+        plan.backward_on(&stream, &tensors, &gradients, None).unwrap();
+        plan.gpu_backward().unwrap().wait(&stream).unwrap();
+        let got = made[2].read::<bf16>(&stream).unwrap();
+        // Twice a number is that number, rounded or not.
+        let times = if accumulate { 2.0 } else { 1.0 };
+        assert!(got.iter().zip(all.dv.data()).all(|(a, b)| a.to_f32() == times * b.to_f32()));
+        let got = d_sinks.read::<f32>(&stream).unwrap();
+        assert!(got.iter().zip(all.d_sinks.as_ref().unwrap()).all(|(a, b)| *a == times * b));
+    }
+}
+
+/// Same bits from run to run, which CPUs give anyway.
+#[test]
+fn deterministic_is_for_all_devices() {
+    let (q, k, v) = (tensor::<bf16>(SHAPE, 1), tensor([2, 91, 2, 40], 2), tensor([2, 91, 2, 24], 3));
+    let attention = Attention::new().causal();
+    let output = attention.forward_with_lse(&q, &k, &v).unwrap();
+    let one = attention.backward(&q, &k, &v, &output, &output.o, None).unwrap();
+    let other = attention.deterministic(true).backward(&q, &k, &v, &output, &output.o, None).unwrap();
+    assert!(one.dq == other.dq && one.dk == other.dk && one.dv == other.dv);
+}
+
+#[test]
+#[ignore = "needs an NVIDIA GPU of the Hopper generation"]
+fn deterministic_plans_refuse_gradients_of_tables() {
+    let slopes = flashattn::Table::per_head(vec![0.5; 4]).unwrap().with_grad().unwrap();
+    let attention = Attention::new().score_mod(flashattn::ScoreMod::Alibi(slopes)).device(Device::Cuda(0));
+    assert!(attention.plan::<bf16>(shape()).unwrap().backward_workspace_bytes() > 0);
+    let error = attention.deterministic(true).plan::<bf16>(shape()).unwrap_err();
+    assert!(error.to_string().starts_with("determinism: gradients of tables"), "{error}");
 }
