@@ -23,6 +23,7 @@
 //! It is computed in blocks of 32 queries, so that memory stays linear in the sequence length.
 
 mod dense;
+mod grad_row;
 mod prepared;
 pub(crate) mod rounding;
 mod row;
@@ -41,6 +42,7 @@ use ndarray::{Array2, Array4};
 use prepared::{ModEvaluator, Prepared, env};
 use std::ops::Range;
 
+pub use grad_row::{dkv_rows, dq_rows};
 pub use row::{Row, forward_rows};
 
 /// Queries that are worked on at a time.
