@@ -17,12 +17,13 @@ Examples:
       those with a window, with one instruction set, as JSON
   flashattn check --random 1000 --seed 7
       a thousand random combinations besides
-  flashattn check --device cuda
-      the forward passes on a GPU
+  flashattn check --device cuda --deterministic
+      on a GPU, with gradients that have the same bits in every run
 
 Right means: no output is farther from the f64 oracle than twice what standard attention errs in the same type, plus a
-few roundings. Exit status 1 if a case fails, is skipped, or none was run. A GPU refuses f32 and head_dim above 256 by name:
-there such cases are listed, and do not make the status 1 as long as others pass.";
+few roundings. Exit status 1 if a case fails, is skipped, or none was run. A GPU refuses f32, head_dim above 256, and gradients
+of tables if they shall be deterministic, by name: there such cases are listed, and do not make the status 1 as long as others
+pass.";
 
 /// Options of `flashattn check`.
 #[derive(Args, Clone, Debug)]
@@ -39,6 +40,9 @@ pub struct CheckArgs {
     /// Seed of the random cases
     #[arg(long, value_name = "S", default_value_t = 0, requires = "random")]
     seed: u64,
+    /// Gradients with the same bits in every run, as on the CPU always, on a GPU too
+    #[arg(long)]
+    deterministic: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -71,9 +75,7 @@ pub fn run(args: &CheckArgs) -> Result<()> {
         device => {
             // What no problem can be planned on is no report of refusals.
             usable(device)?;
-            // Gradients are refused by name when asked for; what is put to the device is what it offers.
-            cases.iter_mut().for_each(|case| case.backward = false);
-            runner.run(&Facade(device), &cases)
+            runner.run(&Facade { device, deterministic: args.deterministic }, &cases)
         }
     };
     bar.finish_and_clear();
@@ -98,7 +100,21 @@ fn usable(device: Device) -> Result<()> {
 }
 
 /// A device, through the facade.
-struct Facade(Device);
+struct Facade {
+    device: Device,
+    /// Of backward passes.
+    deterministic: bool,
+}
+
+impl Facade {
+    fn plan<T: Element>(
+        &self,
+        problem: &AttentionProblem,
+        inputs: &Inputs<'_, T>,
+    ) -> Result<Plan<T>, ExecError> {
+        Plan::from_problem(problem.clone(), inputs.sinks.map(Into::into), self.device).map_err(exec)
+    }
+}
 
 fn exec(error: Error) -> ExecError {
     match error {
@@ -109,7 +125,7 @@ fn exec(error: Error) -> ExecError {
 
 impl Executor for Facade {
     fn device(&self) -> String {
-        format!("{}, forward", self.0)
+        format!("{}{}", self.device, if self.deterministic { ", deterministic" } else { "" })
     }
 
     fn forward<T: Element>(
@@ -118,7 +134,7 @@ impl Executor for Facade {
         inputs: &Inputs<'_, T>,
         outputs: &mut Outputs<'_, T>,
     ) -> Result<(), ExecError> {
-        let plan = Plan::from_problem(problem.clone(), inputs.sinks.map(Into::into), self.0).map_err(exec)?;
+        let plan = self.plan(problem, inputs)?;
         plan.forward(&inputs.q, &inputs.k, &inputs.v, &mut outputs.o, outputs.lse).map_err(exec)
     }
 
@@ -129,7 +145,7 @@ impl Executor for Facade {
         given: &GradInputs<'_, T>,
         gradients: &mut Gradients<'_, T>,
     ) -> Result<(), ExecError> {
-        let plan = Plan::from_problem(problem.clone(), inputs.sinks.map(Into::into), self.0).map_err(exec)?;
+        let plan = self.plan(problem, inputs)?.deterministic(self.deterministic).map_err(exec)?;
         plan.backward(&inputs.q, &inputs.k, &inputs.v, given, gradients).map_err(exec)
     }
 }

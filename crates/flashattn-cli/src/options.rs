@@ -23,7 +23,7 @@ pub fn dtype() -> impl TypedValueParser<Value = DType> {
 /// Options of subcommands that compute.
 #[derive(clap::Args, Clone, Debug)]
 pub struct ComputeArgs {
-    /// Where to compute: cpu, cuda or cuda:N (NVIDIA GPUs of the Hopper generation; the forward pass, bf16 and f16)
+    /// Where to compute: cpu, cuda or cuda:N (NVIDIA GPUs of the Hopper generation; bf16 and f16)
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: Device,
     /// Instruction set, instead of the best of this CPU

@@ -1,12 +1,13 @@
 //! `flashattn ptx`: the GPU kernel of a problem, what it needs, and which blocks it computes. Needs no GPU.
 
 use crate::mods::ModArgs;
-use crate::options::{self, length, si};
+use crate::options::{self, Pass, length, si};
 use crate::tensor_file::write_whole;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueHint};
 use flashattn::cuda::KernelConfig;
-use flashattn::cuda::stage::{Layout, StagedPlan};
+use flashattn::cuda::plan::Upload;
+use flashattn::cuda::stage::{GradLayout, Layout, StagedBackward, StagedPlan};
 use flashattn_spec::blocks::BlockSchedule;
 use flashattn_spec::{AttentionProblem, DType};
 use ptx::assemble::{Report as Assembled, assemble};
@@ -23,6 +24,8 @@ Examples:
       the same of another problem, and the PTX in a file; -o - prints it
   flashattn ptx --head-dim 72 --dtype f16 --json
       as JSON
+  flashattn ptx --pass bwd --causal -o -
+      the gradients' kernels: before, main, after
 
 Registers and spills are ptxas's, if it is found: in PATH, CUDA_HOME, or where tools/ptxas.sh puts it.";
 
@@ -57,6 +60,12 @@ pub struct PtxArgs {
     /// A query sees the keys up to its own position
     #[arg(long)]
     causal: bool,
+    /// Of which pass, fwd or bwd
+    #[arg(long, value_enum, default_value_t = Pass::Fwd)]
+    pass: Pass,
+    /// Gradients with the same bits in every run
+    #[arg(long)]
+    deterministic: bool,
     #[command(flatten)]
     mods: ModArgs,
     /// Write the PTX to this file; - prints it, and the report to standard error
@@ -100,6 +109,57 @@ struct Resources {
     warnings: Vec<String>,
 }
 
+/// Kernels of a pass in the order of their launches, and what its plan says of them.
+struct Planned {
+    kernels: Vec<Kernel>,
+    /// Of `kernels`.
+    main: usize,
+    config: String,
+    /// Queries and keys of a block, and items of work.
+    tile: [usize; 2],
+    items: u32,
+    staged: Vec<String>,
+    workspace_bytes: u64,
+    uploads: Vec<Upload>,
+}
+
+impl Planned {
+    fn new(p: &AttentionProblem, pass: Pass, deterministic: bool) -> Result<Planned> {
+        let lower = |tensor: &dyn std::fmt::Debug| format!("{tensor:?}").to_lowercase();
+        Ok(match pass {
+            Pass::Fwd => {
+                let plan = StagedPlan::new(p, &Layout::dense(p))?;
+                let config = plan.forward.config.clone();
+                Planned {
+                    config: format!("{config:?}"),
+                    tile: [config.tile_m() as usize, config.tile_n as usize],
+                    kernels: vec![KernelConfig::Forward(config).kernel()],
+                    main: 0,
+                    items: plan.forward.tiles,
+                    staged: plan.staged().map(|tensor| lower(&tensor)).collect(),
+                    workspace_bytes: plan.workspace,
+                    uploads: plan.forward.uploads,
+                }
+            }
+            Pass::Bwd => {
+                let plan = StagedBackward::new(p, &GradLayout::dense(p), deterministic)?;
+                let config = &plan.backward.config;
+                Planned {
+                    config: format!("{config:?}"),
+                    tile: [config.tile_m as usize, config.tile_n() as usize],
+                    kernels: KernelConfig::backward(config).iter().map(KernelConfig::kernel).collect(),
+                    main: 1,
+                    items: plan.backward.items,
+                    staged: plan.staged().map(|tensor| lower(&tensor)).collect(),
+                    workspace_bytes: plan.workspace,
+                    uploads: plan.backward.uploads,
+                }
+            }
+            Pass::FwdBwd => bail!("--pass fwd_bwd: one of fwd and bwd is shown"),
+        })
+    }
+}
+
 /// Tiles of queries by blocks of keys.
 #[derive(Serialize)]
 struct Schedule {
@@ -123,11 +183,14 @@ pub fn run(args: &PtxArgs) -> Result<()> {
     p.heads_kv = args.kv_heads.unwrap_or(args.heads);
     p.head_dim_v = args.head_dim_v.unwrap_or(args.head_dim);
     args.mods.apply(&mut p, args.causal, None)?;
-    let plan = StagedPlan::new(&p, &Layout::dense(&p))?;
-    let kernel = KernelConfig::Forward(plan.forward.config.clone()).kernel();
-    verify(&kernel).context("the kernel breaks a rule: a bug of ours")?;
-    let text = emit(&kernel);
-    let report = report(&p, &plan, &kernel, &text)?;
+    let planned = Planned::new(&p, args.pass, args.deterministic)?;
+    let mut texts = Vec::new();
+    for kernel in &planned.kernels {
+        verify(kernel).context("the kernel breaks a rule: a bug of ours")?;
+        texts.push(emit(kernel));
+    }
+    let report = report(&p, &planned, texts[planned.main].len())?;
+    let text = texts.join("\n");
     let mut out = std::io::stdout().lock();
     match &args.output {
         Some(path) if path.as_os_str() == "-" => {
@@ -147,9 +210,8 @@ pub fn run(args: &PtxArgs) -> Result<()> {
     Ok(())
 }
 
-fn report(p: &AttentionProblem, plan: &StagedPlan, kernel: &Kernel, text: &str) -> Result<Report> {
-    let config = &plan.forward.config;
-    let (tile_m, tile_n) = (config.tile_m() as usize, config.tile_n as usize);
+fn report(p: &AttentionProblem, planned: &Planned, ptx_bytes: usize) -> Result<Report> {
+    let (kernel, [tile_m, tile_n]) = (&planned.kernels[planned.main], planned.tile);
     let schedule = BlockSchedule::new(p, tile_m, tile_n)?;
     let counts = schedule.counts();
     let (ptxas, ptxas_error) = match assemble(kernel) {
@@ -161,8 +223,8 @@ fn report(p: &AttentionProblem, plan: &StagedPlan, kernel: &Kernel, text: &str) 
     Ok(Report {
         kernel: kernel.name.clone(),
         target: kernel.target.to_string(),
-        config: format!("{config:?}"),
-        ptx_bytes: text.len(),
+        config: planned.config.clone(),
+        ptx_bytes,
         threads: kernel.threads(),
         shared_bytes: kernel.shared_bytes,
         shared: kernel.shared.iter().map(|region| (region.name.clone(), region.bytes)).collect(),
@@ -172,15 +234,15 @@ fn report(p: &AttentionProblem, plan: &StagedPlan, kernel: &Kernel, text: &str) 
         schedule: Schedule {
             tile_m,
             tile_n,
-            tiles: plan.forward.tiles,
+            tiles: planned.items,
             skipped: counts.skipped,
             full: counts.full,
             partial: counts.partial,
             density: counts.density(),
         },
-        staged: plan.staged().map(|tensor| format!("{tensor:?}").to_lowercase()).collect(),
-        workspace_bytes: plan.workspace,
-        uploads: plan.forward.uploads.iter().map(|up| (up.name.clone(), up.bytes().len())).collect(),
+        staged: planned.staged.clone(),
+        workspace_bytes: planned.workspace_bytes,
+        uploads: planned.uploads.iter().map(|up| (up.name.clone(), up.bytes().len())).collect(),
     })
 }
 
@@ -224,7 +286,7 @@ fn describe(p: &AttentionProblem, r: &Report) -> String {
     }
     let s = &r.schedule;
     lines.push(format!(
-        "tiles              {} of {} queries by blocks of {} keys",
+        "items              {}: tiles of {} queries, blocks of {} keys",
         s.tiles, s.tile_m, s.tile_n
     ));
     lines.push(format!(
@@ -236,11 +298,9 @@ fn describe(p: &AttentionProblem, r: &Report) -> String {
     ));
     if !r.staged.is_empty() {
         let staged = r.staged.join(", ");
-        lines.push(format!(
-            "copied each call   {staged}, if row-major: rows of no multiple of 16 bytes; workspace {}",
-            bytes(r.workspace_bytes as f64)
-        ));
+        lines.push(format!("copied each call   {staged}, if row-major: rows of no multiple of 16 bytes"));
     }
+    lines.push(format!("workspace          {}", bytes(r.workspace_bytes as f64)));
     let uploads = r.uploads.iter().map(|(name, size)| format!("{name} {}", bytes(*size as f64)));
     let uploads: Vec<String> = uploads.collect();
     if !uploads.is_empty() {

@@ -3,7 +3,7 @@
 
 use super::BenchArgs;
 use super::grid::Cell;
-use super::verify::{ROWS, verify_rows};
+use super::verify::{ROWS, verify_gradient_rows, verify_rows};
 use super::{Point, picture};
 use crate::attention::{Given, Layout, Results};
 use crate::gpu::Resident;
@@ -11,7 +11,7 @@ use crate::options::{self, Pass, with_dtype};
 use crate::tensor_file::write_whole;
 use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table};
-use flashattn::cuda::kernels::FwdConfig;
+use flashattn::cuda::kernels::{BwdConfig, FwdConfig};
 use flashattn::{Device, Plan};
 use flashattn_spec::{DType, Element};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -40,9 +40,11 @@ struct Row {
     /// (slowest − fastest loop) / median.
     spread: f64,
     launches: usize,
-    /// Largest error over the largest entry, of `rows_checked` rows.
+    /// Largest error over the largest entry, of `rows_checked` rows of each result.
     error: f64,
     rows_checked: usize,
+    /// Whether gradients have the same bits in every run by request.
+    deterministic: bool,
     /// Host time of a call that only launches.
     host_us: f64,
     /// Making the plan, and with it the kernel; null if an earlier row has made that. The driver's cache on disk may have it
@@ -118,24 +120,25 @@ fn random<T: Element>(cell: &Cell, layout: Layout) -> Given<T> {
     };
     let p = &cell.problem;
     let (q, k, v) = (normal(p.q_shape(), 1), normal(p.k_shape(), 2), normal(p.v_shape(), 3));
-    Given { layout, q, k, v, ..Given::default() }
+    let d_o = if cell.pass.has_backward() { normal(p.o_shape(), 4) } else { Vec::new() };
+    Given { layout, q, k, v, d_o, ..Given::default() }
 }
 
+/// The kernels of a pass.
+type Configs = (FwdConfig, Option<BwdConfig>);
+
 /// Checks and times one cell. `configs` are those of the kernels that this process has made.
-fn time<T: Element>(
-    args: &BenchArgs,
-    ordinal: u32,
-    cell: &Cell,
-    configs: &mut Vec<FwdConfig>,
-) -> Result<Row> {
-    let (p, layout) = (&cell.problem, args.layout);
-    ensure!(cell.pass == Pass::Fwd, "--pass {}: a GPU computes fwd only, for now", cell.pass);
+fn time<T: Element>(args: &BenchArgs, ordinal: u32, cell: &Cell, configs: &mut Vec<Configs>) -> Result<Row> {
+    let (p, pass, layout) = (&cell.problem, cell.pass, args.layout);
     ensure!(p.lse_len() * p.seqlen_k > 0, "there is nothing to time: a size is 0");
     let given = random::<T>(cell, layout);
     let plan = || {
         let start = Instant::now();
         let plan = Plan::<T>::from_problem(p.clone(), None, Device::Cuda(ordinal))?;
-        Ok::<_, anyhow::Error>((plan.gpu()?.config().clone(), start.elapsed().as_secs_f64() * 1e3))
+        let plan = plan.deterministic(args.deterministic)?;
+        let backward = pass.has_backward().then(|| plan.gpu_backward()).transpose()?;
+        let configs: Configs = (plan.gpu()?.config().clone(), backward.map(|pass| pass.config().clone()));
+        Ok::<_, anyhow::Error>((configs, start.elapsed().as_secs_f64() * 1e3))
     };
     let (config, first) = plan()?;
     let cached_call_ms = plan()?.1;
@@ -143,18 +146,19 @@ fn time<T: Element>(
     if !known {
         configs.push(config);
     }
-    let resident = Resident::new(ordinal, p, &given)?;
-    let mut results = Results::<T>::new(p, false);
-    resident.run(&mut results)?;
-    let error = verify_rows(p, &given, &results)?;
-    let (host_us, timed) = (resident.host_us()?, resident.time()?);
-
-    let (gpu, lies) = (resident.forward()?, resident.tensors()?.layout());
-    let module = gpu.module().context("there is nothing to launch")?;
-    let properties = gpu.device().properties();
+    let resident = Resident::new(ordinal, p, &given, args.deterministic)?;
+    let mut results = Results::<T>::new(p, pass.has_backward());
+    resident.run(Pass::Fwd, &mut results)?;
+    let mut error = verify_rows(p, &given, &results)?;
+    if pass.has_backward() {
+        resident.run(Pass::Bwd, &mut results)?;
+        error = error.max(verify_gradient_rows(p, &given, &results)?);
+    }
+    let (host_us, timed, made) = (resident.host_us(pass)?, resident.time(pass)?, resident.made(pass)?);
+    let properties = flashattn::cuda::Device::open(ordinal)?.properties().clone();
     Ok(Row {
         peer: "ours",
-        pass: cell.pass,
+        pass,
         dtype: p.dtype,
         causal: cell.causal,
         batch: p.batch,
@@ -169,17 +173,18 @@ fn time<T: Element>(
         launches: timed.launches,
         error,
         rows_checked: ROWS,
+        deterministic: args.deterministic,
         host_us,
         first_call_ms: (!known).then_some(first),
         cached_call_ms,
         mods: cell.mods.trim_start_matches(", ").to_owned(),
-        kernel: module.name().to_owned(),
-        registers: module.attributes().registers,
-        local_bytes: module.attributes().local_bytes,
-        staged: gpu.staged(&lies)?.iter().map(|tensor| format!("{tensor:?}").to_lowercase()).collect(),
-        workspace_bytes: gpu.workspace_bytes(&lies)?,
+        kernel: made.kernel,
+        registers: made.registers,
+        local_bytes: made.local_bytes,
+        staged: made.staged,
+        workspace_bytes: made.workspace_bytes,
         layout,
-        device: properties.name.clone(),
+        device: properties.name,
         driver: properties.driver.to_string(),
         commit: option_env!("FLASHATTN_COMMIT"),
         cell: cell.name(),

@@ -35,6 +35,8 @@ Examples:
       the sizes of the comparison with PyTorch (benches/peers/cpu.py), one JSON row each
   flashattn bench --device cuda --grid h100 --json > rows.json
       36 shapes on a GPU; other shapes, masks and scores: --shapes '72,1,3000' --dtype f16 --kv-heads 4 --alibi
+  flashattn bench --device cuda --grid h100 --pass bwd --deterministic --json > rows.json
+      the gradients, with the same bits in every run
 
 Each result is compared with the f64 oracle before it is timed. A time is process CPU time divided by threads, which other
 programs on the machine disturb little; wall time stands beside it. ± is half the range over rounds. On a GPU a time is by
@@ -60,6 +62,9 @@ pub struct BenchArgs {
     /// Compare rates with this many GFLOP/s, instead of those of a matrix product in f32 measured around each size
     #[arg(long, value_name = "GFLOPS")]
     ceiling: Option<f64>,
+    /// Gradients with the same bits in every run, as on the CPU always, on a GPU too
+    #[arg(long)]
+    deterministic: bool,
     /// Print JSON, a row for each size
     #[arg(long)]
     json: bool,

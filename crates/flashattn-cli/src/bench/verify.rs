@@ -5,8 +5,8 @@
 use super::grid::Cell;
 use crate::attention::{Given, Layout, Results};
 use anyhow::{Result, ensure};
-use flashattn_spec::reference::{self, Row, forward_rows};
-use flashattn_spec::{AttentionProblem, DType, Element, View};
+use flashattn_spec::reference::{self, Row, dkv_rows, dq_rows, forward_rows};
+use flashattn_spec::{AttentionProblem, DType, Element, GradInputs, View};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -83,6 +83,55 @@ fn compare(name: &str, got: &[f64], expected: &[f64], dtype: DType) -> Result<f6
 /// Rows that [`verify_rows`] looks at.
 pub const ROWS: usize = 24;
 
+/// (sequence, head, position) of rows: the first, the last, and others between.
+fn places([batch, n, heads, _]: [usize; 4]) -> Vec<[usize; 3]> {
+    // Steps that have no divisor in common with usual sizes.
+    let place = |i: usize| match i {
+        0 => [0, 0, 0],
+        1 => [batch - 1, heads - 1, n - 1],
+        _ => [i * 7919 % batch, i * 104_729 % heads, i * 15_485_863 % n],
+    };
+    (0..ROWS).map(place).collect()
+}
+
+/// As [`verify_rows`], of dq, dk and dv, from the o and lse of the results.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_gradient_rows<T: Element>(
+    p: &AttentionProblem,
+    given: &Given<T>,
+    results: &Results<T>,
+) -> Result<f64> {
+    let layout = given.layout;
+    let inputs = given.inputs(p)?;
+    let (o, d_o) = (layout.view(&results.o, p.o_shape())?, given.d_o(p)?);
+    let from = GradInputs { o, lse: &results.lse, d_o, d_lse: given.d_lse.as_deref() };
+    let (queries, keys) = (places(p.q_shape()), places(p.k_shape()));
+    let dq = queries.par_iter().map(|&place| Ok(dq_rows(p, &inputs, &from, &[place])?));
+    let dq = dq.collect::<Result<Vec<_>>>()?.concat().concat();
+    let dkv = keys.par_iter().map(|&place| Ok(dkv_rows(p, &inputs, &from, &[place])?));
+    let (dk, dv): (Vec<_>, Vec<_>) =
+        dkv.collect::<Result<Vec<_>>>()?.into_iter().flatten().map(|[dk, dv]| (dk, dv)).unzip();
+    let all = [
+        ("dq", &results.dq, p.q_shape(), &queries, dq),
+        ("dk", &results.dk, p.k_shape(), &keys, dk.concat()),
+        ("dv", &results.dv, p.v_shape(), &keys, dv.concat()),
+    ];
+    let mut worst = 0.0f64;
+    for (name, got, shape, places, exact) in all {
+        ensure!(
+            !got.iter().any(|x| x.to_f32().is_nan()),
+            "{name} has elements that are NaN or were not written"
+        );
+        let view = layout.view(got, shape)?;
+        let row = |&[b, head, i]: &[usize; 3]| view.row(b, i, head).iter().map(|x| x.to_f64());
+        let got: Vec<f64> = places.iter().flat_map(row).collect();
+        worst = worst.max(compare(name, &got, &exact, T::DTYPE)?);
+    }
+    Ok(worst)
+}
+
 /// As [`verify`], of o and lse, by some rows over all sequences and heads: the first, the last, and others between; and every
 /// element of both has been written, if they were NaN before.
 ///
@@ -95,13 +144,7 @@ pub fn verify_rows<T: Element>(p: &AttentionProblem, given: &Given<T>, results: 
     );
     ensure!(!results.lse.iter().any(|x| x.is_nan()), "lse has elements that are NaN or were not written");
     let [_, n, heads, _] = p.o_shape();
-    // Steps that have no divisor in common with usual sizes.
-    let place = |i: usize| match i {
-        0 => [0, 0, 0],
-        1 => [p.batch - 1, heads - 1, n - 1],
-        _ => [i * 7919 % p.batch, i * 104_729 % heads, i * 15_485_863 % n],
-    };
-    let places: Vec<[usize; 3]> = (0..ROWS).map(place).collect();
+    let places = places(p.o_shape());
     let inputs = given.inputs(p)?;
     let rows = places.par_iter().map(|&place| Ok(forward_rows(p, &inputs, &[place])?));
     let expected: Vec<Row> = rows.collect::<Result<Vec<_>>>()?.concat();
@@ -138,6 +181,7 @@ mod tests {
             let cell = cell(p.clone(), Pass::FwdBwd);
             assert!(verify(&cell, &given, &results).unwrap() < 1e-5);
             assert!(verify_rows(&p, &given, &results).unwrap() < 1e-5);
+            assert!(verify_gradient_rows(&p, &given, &results).unwrap() < 1e-5);
             let wrong = |change: &dyn Fn(&mut Results<f32>), name: &str| {
                 let mut changed = results.clone();
                 change(&mut changed);
@@ -153,6 +197,16 @@ mod tests {
             changed.o[777] = f32::NAN;
             assert!(verify_rows(&p, &given, &changed).unwrap_err().to_string().starts_with("o has"));
             wrong(&|r| r.dk.iter_mut().for_each(|x| *x = f32::NAN), "dk is wrong");
+            for (name, change) in [
+                ("dq is", (|r| r.dq.iter_mut().for_each(|x| *x *= 1.001)) as fn(&mut Results<f32>)),
+                ("dk has", |r| r.dk[77] = f32::NAN),
+                ("dv is", |r| r.dv.iter_mut().for_each(|x| *x += 0.01)),
+            ] {
+                let mut changed = results.clone();
+                change(&mut changed);
+                let error = verify_gradient_rows(&p, &given, &changed).unwrap_err().to_string();
+                assert!(error.starts_with(name), "{error}");
+            }
         }
     }
 

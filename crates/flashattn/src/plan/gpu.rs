@@ -88,7 +88,7 @@ impl Executor {
     }
 }
 
-/// Tensors on a GPU for [`Plan::forward_on`]: shapes and strides as on the host.
+/// Tensors on a GPU for [`Plan::forward_on`] and [`Plan::backward_on`]: shapes and strides as on the host.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceTensors<'a> {
     /// Queries `[batch, seqlen_q, heads_q, head_dim]`.
@@ -97,9 +97,9 @@ pub struct DeviceTensors<'a> {
     pub k: DeviceView<'a>,
     /// Values `[batch, seqlen_k, heads_kv, head_dim_v]`.
     pub v: DeviceView<'a>,
-    /// Output `[batch, seqlen_q, heads_q, head_dim_v]`; every element is written.
+    /// Output `[batch, seqlen_q, heads_q, head_dim_v]`; the forward pass writes every element, the backward pass reads it.
     pub o: DeviceView<'a>,
-    /// Log-sum-exp, dense `[batch, heads_q, seqlen_q]` (`[heads_q, total_q]` when packed), natural logarithm; written.
+    /// Log-sum-exp, dense `[batch, heads_q, seqlen_q]` (`[heads_q, total_q]` when packed), natural logarithm; likewise.
     pub lse: DeviceSlice<'a>,
 }
 
