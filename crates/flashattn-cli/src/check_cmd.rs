@@ -7,6 +7,7 @@ use flashattn::{Device, Error, Plan};
 use flashattn_cpu::executor::CpuExecutor;
 use flashattn_spec::suite::{ExecError, Executor, Report, Runner, corpus, random_cases};
 use flashattn_spec::{AttentionProblem, Element, GradInputs, Gradients, Inputs, Outputs};
+use rayon::prelude::*;
 use std::io::Write;
 
 const EXAMPLES: &str = "\
@@ -65,17 +66,22 @@ pub fn run(args: &CheckArgs) -> Result<()> {
         "--filter {filter:?}: none of {all} cases has that in its name; try a shorter one"
     );
     let bar = options::progress(0);
-    let runner = Runner::new().on_progress(|done, all, name| {
-        bar.set_length(all as u64);
-        bar.set_position(done as u64);
-        bar.set_message(name.to_owned());
-    });
+    bar.set_length(cases.len() as u64);
+    let runner = || {
+        Runner::new().on_progress(|done, _, name| {
+            bar.inc(u64::from(done > 0));
+            bar.set_message(name.to_owned());
+        })
+    };
     let report = match args.compute.device {
-        Device::Cpu => runner.run(&CpuExecutor { options }, &cases),
+        Device::Cpu => runner().run(&CpuExecutor { options }, &cases),
         device => {
             // What no problem can be planned on is no report of refusals.
             usable(device)?;
-            runner.run(&Facade { device, deterministic: args.deterministic }, &cases)
+            let facade = Facade { device, deterministic: args.deterministic };
+            // Compiling kernels and asking the oracle take the time.
+            let reports = cases.par_chunks(SHARE).map(|share| runner().run(&facade, share));
+            reports.reduce(Report::default, Report::merge)
         }
     };
     bar.finish_and_clear();
@@ -91,6 +97,9 @@ pub fn run(args: &CheckArgs) -> Result<()> {
     ensure!(right, "{failed} of {cases} cases failed, {skipped} were skipped");
     Ok(())
 }
+
+/// Cases that a thread takes at once.
+const SHARE: usize = 16;
 
 /// Plans something small.
 fn usable(device: Device) -> Result<()> {

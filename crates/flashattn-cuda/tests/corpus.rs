@@ -171,23 +171,12 @@ fn as_bf16(mut case: Case) -> Case {
 fn run<E: Executor + Sync>(executor: &E, cases: &[Case]) -> Report {
     let mut shares = [Vec::new(), Vec::new()];
     cases.iter().enumerate().for_each(|(i, case)| shares[i % 2].push(case.clone()));
-    let [mut report, other] = std::thread::scope(|scope| {
+    let [report, other] = std::thread::scope(|scope| {
         shares
             .map(|share| scope.spawn(move || Runner::new().run(executor, &share)))
             .map(|thread| thread.join().expect("runs to its end"))
     });
-    report.cases += other.cases;
-    report.passed += other.passed;
-    report.failed += other.failed;
-    report.skipped += other.skipped;
-    report.failures.extend(other.failures);
-    report.skips.extend(other.skips);
-    for (tensor, worst) in other.worst {
-        let most = report.worst.entry(tensor).or_default();
-        if worst.ratio > most.ratio {
-            *most = worst;
-        }
-    }
+    let mut report = report.merge(other);
     let reasons = reasons(&report);
     let refused = |case: &Case| report.skips.iter().any(|skip| skip.name == case.name);
     // What no copy helps is refused for what it is.

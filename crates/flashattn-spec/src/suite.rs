@@ -221,6 +221,26 @@ impl Report {
     pub fn all_passed(&self) -> bool {
         self.cases > 0 && self.passed == self.cases
     }
+
+    /// The report of both: of an executor that has run parts of the cases in several threads.
+    pub fn merge(mut self, other: Report) -> Report {
+        if self.device.is_empty() {
+            self.device = other.device;
+        }
+        self.cases += other.cases;
+        self.passed += other.passed;
+        self.failed += other.failed;
+        self.skipped += other.skipped;
+        self.failures.extend(other.failures);
+        self.skips.extend(other.skips);
+        for (tensor, worst) in other.worst {
+            let most = self.worst.entry(tensor).or_default();
+            if worst.ratio > most.ratio {
+                *most = worst;
+            }
+        }
+        self
+    }
 }
 
 impl fmt::Display for Report {
