@@ -191,7 +191,7 @@ impl Backward {
     }
 }
 
-/// Runs each problem by a fresh [`Forward`] over copies of its tensors, which begin as far past a multiple of 16 bytes as the
+/// Runs each problem by a fresh [`Forward`] or [`Backward`] over copies of its tensors, which begin as far past a multiple of 16 bytes as the
 /// host's do: what is tested is how tensors lie.
 #[derive(Debug)]
 pub struct CudaExecutor {

@@ -30,21 +30,18 @@ pub enum Feature {
     Address,
     /// More tiles, blocks or elements of a table than 32 bits count.
     Size,
-    /// The backward pass.
-    Gradients,
     /// A fixed order of sums.
     Deterministic,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 7] = [
+    pub const ALL: [Feature; 6] = [
         Feature::DType,
         Feature::HeadDim,
         Feature::Stride,
         Feature::Address,
         Feature::Size,
-        Feature::Gradients,
         Feature::Deterministic,
     ];
 
@@ -56,7 +53,6 @@ impl Feature {
             Feature::Stride => "stride",
             Feature::Address => "address",
             Feature::Size => "size",
-            Feature::Gradients => "gradients",
             Feature::Deterministic => "determinism",
         }
     }

@@ -164,9 +164,11 @@ impl BackwardPlan {
     /// # Errors
     /// [`Feature::Address`].
     pub fn check_address(&self, tensor: GradTensor, address: u64) -> Result<(), PlanError> {
-        use GradTensor::{DO, DqSums, K, Q, Semaphores, Stats, V};
+        use GradTensor::{DO, DqSums, K, O, Q, Semaphores, Stats, V};
         let align = match tensor {
             Q | K | V | DO | DqSums | Stats | Semaphores => 16,
+            // Read element by element.
+            O => 2,
             _ => 4,
         };
         if address.is_multiple_of(align) {
