@@ -223,7 +223,8 @@ impl Program {
         let Some(&(mut root)) = ids.last() else {
             return Err(Error::Value("a program has no operation".into()));
         };
-        if ty == Type::Float {
+        // Whether it is a number at all, or a Bool for a mask, is for the facade to say.
+        if ty == Type::Float && builder.ty(root)? == Type::Int {
             root = builder.push(Node::Unary(UnOp::ToFloat, root))?;
         }
         let used = slots.iter().map(|&(table, _)| tables[table].clone()).collect();

@@ -168,10 +168,8 @@ def check(name: str, x: Any) -> None:
         raise TypeError(f"{name} is a {type(x).__name__}, expected a torch.Tensor like q")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name} is {x.dtype}, expected torch.float16, torch.bfloat16 or torch.float32")
-    if x.device.type == "cuda":
-        raise NotImplementedError(f"{name} is on {x.device}: attention on CUDA tensors is not in this build yet")
-    if x.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{name} is on {x.device}, expected the CPU")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f"{name} is on {x.device}, expected cpu or cuda")
 
 
 def number(x: Any, q: Tensor) -> Tensor:

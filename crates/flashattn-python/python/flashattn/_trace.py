@@ -216,7 +216,9 @@ class _Trace:
                 raise ValueError("a traced value is used outside of the function that it belongs to")
             return x
         if isinstance(x, Table):
-            return self.term(x._loaded() if x.array.shape else self.load(x.array, ()))
+            if len(x._index) < len(x.array.shape):
+                raise TypeError(f"a table of {len(x.array.shape)} dimensions is indexed by {len(x._index)} positions")
+            return self.load(x.array, ())
         if isinstance(x, bool):
             return self.push("bool", x)
         if isinstance(x, int):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -51,7 +51,3 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     """Puts the padding back, as zeros: ``[total, ...]`` to ``[batch, seqlen, ...]``."""
     padded = hidden_states.new_zeros(batch * seqlen, *hidden_states.shape[1:])
     return padded.index_copy(0, indices, hidden_states).unflatten(0, (batch, seqlen))
-
-
-def __getattr__(name: str) -> Any:
-    raise NotImplementedError(f"flash_attn.bert_padding.{name} is not there; there are {', '.join(__all__)}")

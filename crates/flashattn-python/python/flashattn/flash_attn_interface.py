@@ -192,6 +192,8 @@ def flash_attn_qkvpacked_func(
         Sequence b has rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
     max_seqlen_q, max_seqlen_k : int
         The longest sequences.
+    block_table
+        Paged keys and values: not there yet.
     """,
     packed=True,
 )
