@@ -58,7 +58,9 @@ def plain(
         s = torch.tanh(s / softcap) * softcap
     if alibi is not None:
         s = s - alibi.to(s.dtype).reshape(-1, heads, 1, 1) * (diagonal - j).abs()
-    b, h = (torch.arange(n, device=q.device).reshape(shape) for n, shape in ((batch, (-1, 1, 1, 1)), (heads, (-1, 1, 1))))
+    b, h = (
+        torch.arange(n, device=q.device).reshape(shape) for n, shape in ((batch, (-1, 1, 1, 1)), (heads, (-1, 1, 1)))
+    )
     if score_mod is not None:
         s = score_mod(s, b, h, i, j)
     visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device)

@@ -43,8 +43,8 @@ def loss(function):
     ("dtype", "jit"), [(jnp.float32, False), (jnp.float32, True), (jnp.float16, True), (jnp.bfloat16, True)]
 )
 def test_values_and_gradients(dtype, jit):
-    ours = lambda q, k, v: flashattn.attention(q, k, v, causal=True, return_lse=True)  # noqa: E731
-    theirs = lambda q, k, v: plain(q, k, v, causal=True)  # noqa: E731
+    ours = lambda q, k, v: flashattn.attention(q, k, v, causal=True, return_lse=True)
+    theirs = lambda q, k, v: plain(q, k, v, causal=True)
     wrap = jax.jit if jit else lambda f: f
     args = arrays(dtype)
     wide = [x.astype(jnp.float32) for x in args]
@@ -63,7 +63,7 @@ def test_values_and_gradients(dtype, jit):
 def test_learned_extras():
     q, k, v = arrays()
     slopes, sinks = jnp.linspace(0.1, 0.4, 4), jnp.array([0.5, -1.0, 2.0, 0.0])
-    ours = lambda q, k, v, a, s: flashattn.attention(q, k, v, alibi_slopes=a, sinks=s, return_lse=True)  # noqa: E731
+    ours = lambda q, k, v, a, s: flashattn.attention(q, k, v, alibi_slopes=a, sinks=s, return_lse=True)
     got = jax.jit(jax.grad(loss(ours), argnums=range(5)))(q, k, v, slopes, sinks)
     expected = jax.grad(loss(plain), argnums=range(5))(q, k, v, slopes, sinks)
     for a, b in zip(got, expected):

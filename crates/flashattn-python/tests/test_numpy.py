@@ -54,7 +54,9 @@ def test_any_layout():
     columns = [np.asfortranarray(x) for x in (q, k, v)]
     assert np.array_equal(flashattn.flash_attn_func(*columns), expected)
     shared = np.broadcast_to(k[:1], k.shape)
-    assert np.array_equal(flashattn.flash_attn_func(q, shared, shared), flashattn.flash_attn_func(q, shared.copy(), shared.copy()))
+    assert np.array_equal(
+        flashattn.flash_attn_func(q, shared, shared), flashattn.flash_attn_func(q, shared.copy(), shared.copy())
+    )
 
 
 def test_errors():

@@ -1,7 +1,6 @@
 """PyTorch tensors: values and gradients by upstream's policy, and that autograd, the compiler and the generator work."""
 
 import math
-import os
 import pathlib
 import re
 import subprocess
@@ -9,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import DEVICES, compare, inputs, plain
 
 import flashattn
+from conftest import DEVICES, compare, inputs, plain
 from flashattn import bert_padding
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -33,7 +32,9 @@ def test_exact(device, dtype, heads_kv, causal):
 
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("sizes", [(1, 239, 64, 64), (97, 1, 40, 24), (128, 128, 128, 128), (3, 1, 7, 1), (65, 257, 33, 96)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 239, 64, 64), (97, 1, 40, 24), (128, 128, 128, 128), (3, 1, 7, 1), (65, 257, 33, 96)]
+)
 def test_sizes(device, dtype, sizes):
     sq, sk, d, dv = sizes
     q, k, v = inputs(dtype, sq=sq, sk=sk, d=d, dv=dv, device=device)
@@ -57,9 +58,7 @@ def test_alibi_softcap_scale(device, dtype, per_batch):
     q, k, v = inputs(dtype, device=device)
     slopes = torch.rand(2, 6, device=device) if per_batch else torch.rand(6, device=device)
     options = dict(softcap=3.0, causal=True)
-    compare(
-        func(alibi_slopes=slopes, softmax_scale=0.3, **options), q, k, v, alibi=slopes, scale=0.3, **options
-    )
+    compare(func(alibi_slopes=slopes, softmax_scale=0.3, **options), q, k, v, alibi=slopes, scale=0.3, **options)
 
 
 @on_devices
@@ -124,7 +123,10 @@ def test_packed_sequences(device, dtype, form):
     lengths_k = lengths_q if same else [61, 9, 40, 0]
     cu_q, cu_k = lengths_of(lengths_q, device), lengths_of(lengths_k, device)
     heads_kv = 6 if same else 2
-    x = [torch.randn(n, h, 40, dtype=dtype, device=device) for n, h in ((sum(lengths_q), 6), *[(sum(lengths_k), heads_kv)] * 2)]
+    x = [
+        torch.randn(n, h, 40, dtype=dtype, device=device)
+        for n, h in ((sum(lengths_q), 6), *[(sum(lengths_k), heads_kv)] * 2)
+    ]
     slopes = torch.rand(4, 6, device=device)
     options = dict(causal=True, softcap=4.0, alibi_slopes=slopes, return_attn_probs=True)
     x = [t.requires_grad_() for t in x]
@@ -158,7 +160,7 @@ def test_packed_weights():
     cu = lengths_of([33, 0, 21])
     qkv = torch.randn(54, 3, 4, 16)
     torch.manual_seed(3)
-    o, lse, weights = flashattn.flash_attn_varlen_qkvpacked_func(qkv, cu, 33, 0.25, causal=True, return_attn_probs=True)
+    o, _, weights = flashattn.flash_attn_varlen_qkvpacked_func(qkv, cu, 33, 0.25, causal=True, return_attn_probs=True)
     assert weights.shape == (3, 4, 33, 33) and not weights[1].any()
     for b, (start, stop) in enumerate(((0, 33), (33, 33), (33, 54))):
         n = stop - start
@@ -194,7 +196,9 @@ def test_any_strides(device):
     padded[..., :59] = k
     assert torch.equal(flashattn.flash_attn_func(q, padded[..., :59], v), expected)
     shared = [x[:1].expand(2, -1, -1, -1) for x in (k, v)]
-    assert torch.equal(flashattn.flash_attn_func(q, *shared), flashattn.flash_attn_func(q, *(x.contiguous() for x in shared)))
+    assert torch.equal(
+        flashattn.flash_attn_func(q, *shared), flashattn.flash_attn_func(q, *(x.contiguous() for x in shared))
+    )
 
 
 @on_devices
@@ -213,7 +217,7 @@ def test_any_gradient_strides(device):
 def test_only_what_is_asked_for(device):
     q, k, v = inputs(device=device)
     k.requires_grad_(False)
-    o, lse = flashattn.attention(q, k, v, return_lse=True)
+    _, lse = flashattn.attention(q, k, v, return_lse=True)
     lse.sum().backward()
     assert k.grad is None and torch.isfinite(q.grad).all() and not v.grad.any()
     with torch.no_grad():
@@ -303,7 +307,10 @@ def test_compiled_packed_and_traced():
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of PyTorch's own test
 def test_registered_operators(device):
     q, k, v = inputs(device=device)
-    for text in ('{"tables":[],"sinks":false,"varlen":false}', '{"tables":[true],"alibi":0,"sinks":true,"varlen":false}'):
+    for text in (
+        '{"tables":[],"sinks":false,"varlen":false}',
+        '{"tables":[true],"alibi":0,"sinks":true,"varlen":false}',
+    ):
         extras = [torch.rand(6, device=device, requires_grad=True) for _ in range(2)] if "alibi" in text else []
         torch.library.opcheck(torch.ops.flashattn.forward, (q, k, v, extras, text, 0, 0))
 

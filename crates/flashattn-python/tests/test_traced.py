@@ -5,9 +5,9 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES, compare, inputs
 
 import flashattn
+from conftest import DEVICES, compare, inputs
 from flashattn import Table, trace_mask_mod, trace_score_mod
 
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -60,7 +60,7 @@ def test_captured_tables_and_their_gradients(device):
     """Tables of 0 to 4 dimensions; floats get gradients, also through a conversion; one is used twice, one never."""
     heads, sq, sk = 4, 61, 83
     q, k, v = inputs(sq=sq, sk=sk, d=32, heads=heads, device=device)
-    rand = lambda *shape: torch.rand(*shape, device=device)  # noqa: E731
+    rand = lambda *shape: torch.rand(*shape, device=device)
     tables = [rand(()), rand(heads), rand(heads, sk), rand(2, heads, sq, sk), rand(sq)]
     ids = torch.randint(0, 3, (2, sk), device=device)
     keep = torch.rand(sq, device=device) < 0.8
@@ -98,7 +98,7 @@ def test_captured_tables_and_their_gradients(device):
 def test_documents_and_prefix(device):
     ids = torch.repeat_interleave(torch.arange(5, device=device), torch.tensor([10, 30, 1, 15, 5], device=device))
     prefix = torch.tensor([7, 40], device=device)
-    mask = lambda b, h, q, k: (ids[q] == ids[k]) & ((k <= q) | (k < prefix[b]))  # noqa: E731
+    mask = lambda b, h, q, k: (ids[q] == ids[k]) & ((k <= q) | (k < prefix[b]))
     q, k, v = inputs(sq=61, sk=61, d=32, device=device)
     compare(lambda q, k, v: flashattn.attention(q, k, v, mask_mod=mask, return_lse=True), q, k, v, mask_mod=mask)
 
@@ -109,8 +109,8 @@ def test_flex_attention(device):
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
     q, k, v = (x.transpose(1, 2).detach() for x in inputs(sq=128, sk=256, d=32, heads=4, device=device))
     bias = torch.randn(4, device=device)
-    mod = lambda s, b, h, q, k: s + bias[h] * (q - k).abs() * 0.01  # noqa: E731
-    mask = lambda b, h, q, k: (q + 128 >= k) & (k % 3 != 1)  # noqa: E731
+    mod = lambda s, b, h, q, k: s + bias[h] * (q - k).abs() * 0.01
+    mask = lambda b, h, q, k: (q + 128 >= k) & (k % 3 != 1)
     theirs = flex.create_block_mask(mask, None, None, 128, 256, device=device)
     options = dict(score_mod=mod, scale=0.2, enable_gqa=True, return_lse=True)
     with pytest.warns() if device == "cpu" else _nothing():
@@ -137,7 +137,7 @@ def test_numpy_tables_and_functions():
     q, k, v = (rng.standard_normal((2, n, 3, 16), np.float32) for n in (41, 57, 57))
     slope = rng.random(3, np.float32)
     table, ids = Table(slope), Table(rng.integers(0, 2, 57) == 1)
-    mod = lambda s, b, h, q, k: flashattn.where(ids[k], np.tanh(s), s - np.abs(q - k) * table[h])  # noqa: E731
+    mod = lambda s, b, h, q, k: flashattn.where(ids[k], np.tanh(s), s - np.abs(q - k) * table[h])
     got = flashattn.attention(q, k, v, score_mod=mod)
     t = [torch.from_numpy(x) for x in (q, k, v)]
     ts, ti = torch.from_numpy(slope), torch.from_numpy(ids.array)

@@ -52,12 +52,10 @@ def integers(name: str, x: Any, q: Any) -> Any:
 def _dense(x: Any) -> bool:
     """Whether it can be read as it is."""
     strides = getattr(x, "strides", None)
-    return strides is None or all(s >= 0 for s in strides) and (x.shape[-1] < 2 or strides[-1] == x.dtype.itemsize)
+    return strides is None or (all(s >= 0 for s in strides) and (x.shape[-1] < 2 or strides[-1] == x.dtype.itemsize))
 
 
-def run(
-    options: str, q: Any, k: Any, v: Any, extras: list, max_seqlen_q: int, max_seqlen_k: int
-) -> tuple[Any, Any]:
+def run(options: str, q: Any, k: Any, v: Any, extras: list, max_seqlen_q: int, max_seqlen_k: int) -> tuple[Any, Any]:
     """o and lse."""
     module = _module(q)
     q, k, v = (x if _dense(x) else module.ascontiguousarray(x) for x in (q, k, v))

@@ -35,7 +35,7 @@ def check_shapes(library: Any, q: Any, k: Any, v: Any, packed: bool) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {names}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} is {x.dtype}, expected {q.dtype} like q")
-    (*rows, heads, dim), (*rows_q, heads_q, dim_q) = k.shape, q.shape
+    (*rows, heads, _), (*rows_q, heads_q, dim_q) = k.shape, q.shape
     expected = (*(rows if packed else (rows_q[0], rows[1])), heads, dim_q)
     if tuple(k.shape) != expected:
         raise ValueError(f"k has shape {tuple(k.shape)}, expected {expected} to fit q {tuple(q.shape)}")

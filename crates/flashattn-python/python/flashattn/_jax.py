@@ -100,8 +100,6 @@ def _zero(x: Any) -> Any:
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def run(
-    options: str, q: Any, k: Any, v: Any, extras: list, max_seqlen_q: int, max_seqlen_k: int
-) -> tuple[Any, Any]:
+def run(options: str, q: Any, k: Any, v: Any, extras: list, max_seqlen_q: int, max_seqlen_k: int) -> tuple[Any, Any]:
     """o and lse."""
     return _attend(options, q, k, v, tuple(extras))

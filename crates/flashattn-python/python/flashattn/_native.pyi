@@ -1,6 +1,7 @@
 """The compiled part; private. Arrays are anything with ``__dlpack__``, or DLPack capsules."""
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, Optional
 
 def forward(
     options: str, q: Any, k: Any, v: Any, extras: Sequence[Any], o: Any, lse: Any, stream: Optional[int] = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ class TracingMode(TorchFunctionMode):
     """While a function is traced: operations of tensors with traced values, such as ``bias[h, q, k]``, are recorded."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if any(isinstance(x, Term) or isinstance(x, tuple) and any(isinstance(i, Term) for i in x) for x in args):
+        if any(isinstance(x, Term) or (isinstance(x, tuple) and any(isinstance(i, Term) for i in x)) for x in args):
             return _dispatch(_name(function), args, kwargs)
         return function(*args, **(kwargs or {}))
 
@@ -206,9 +207,7 @@ def run(
     return torch.ops.flashattn.forward(q, k, v, extras, options, max_seqlen_q, max_seqlen_k)
 
 
-def probabilities(
-    q: Tensor, k: Tensor, seed: Tensor, dropout_p: float, sequence: int = 0, **options: Any
-) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, seed: Tensor, dropout_p: float, sequence: int = 0, **options: Any) -> Tensor:
     """Attention weights ``[batch, heads, seqlen_q, seqlen_k]``, negative where dropout drops them.
 
     For tests, like the original's: as large as the score matrix. It is attention to the rows of the unit matrix.

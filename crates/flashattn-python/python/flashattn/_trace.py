@@ -42,10 +42,10 @@ class Term:
     :func:`where`.
     """
 
-    __slots__ = ("_trace", "_id")
+    __slots__ = ("_id", "_trace")
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, trace: "_Trace", index: int):
+    def __init__(self, trace: _Trace, index: int):
         self._trace = trace
         self._id = index
 
@@ -68,59 +68,59 @@ class Term:
 
     __int__ = __float__ = __index__
 
-    def abs(self) -> "Term":
+    def abs(self) -> Term:
         """Absolute value."""
         return self._call("abs")
 
-    def exp(self) -> "Term":
+    def exp(self) -> Term:
         """e to the power of this."""
         return self._call("exp")
 
-    def exp2(self) -> "Term":
+    def exp2(self) -> Term:
         """2 to the power of this."""
         return self._call("exp2")
 
-    def log(self) -> "Term":
+    def log(self) -> Term:
         """Natural logarithm."""
         return self._call("log")
 
-    def log2(self) -> "Term":
+    def log2(self) -> Term:
         """Logarithm to base 2."""
         return self._call("log2")
 
-    def tanh(self) -> "Term":
+    def tanh(self) -> Term:
         """Hyperbolic tangent."""
         return self._call("tanh")
 
-    def sigmoid(self) -> "Term":
+    def sigmoid(self) -> Term:
         """1 / (1 + e to the power of minus this)."""
         return self._call("sigmoid")
 
-    def sqrt(self) -> "Term":
+    def sqrt(self) -> Term:
         """Square root."""
         return self._call("sqrt")
 
-    def floor(self) -> "Term":
+    def floor(self) -> Term:
         """The largest whole number not above this, as a float."""
         return self._call("floor")
 
-    def float(self) -> "Term":
+    def float(self) -> Term:
         """As a float; a truth value becomes 0 or 1."""
         return self._call("float")
 
-    def minimum(self, other: Any) -> "Term":
+    def minimum(self, other: Any) -> Term:
         """The lesser."""
         return self._call("minimum", other)
 
-    def maximum(self, other: Any) -> "Term":
+    def maximum(self, other: Any) -> Term:
         """The greater."""
         return self._call("maximum", other)
 
-    def clamp(self, min: Any = None, max: Any = None) -> "Term":
+    def clamp(self, min: Any = None, max: Any = None) -> Term:
         """Not below ``min``, not above ``max``."""
         return _dispatch("clamp", (self,), {"min": min, "max": max})
 
-    def to(self, dtype: Any) -> "Term":
+    def to(self, dtype: Any) -> Term:
         """As another type; only floating-point types can be asked for."""
         return self._call("to", dtype)
 
@@ -150,7 +150,7 @@ def _operators() -> None:
         setattr(Term, f"__r{name}__", backward(name))
     for name in "lt le gt ge eq ne neg abs invert".split():
         setattr(Term, f"__{name}__", forward(name))
-    setattr(Term, "__pos__", lambda self: self)
+    Term.__pos__ = lambda self: self
 
 
 _operators()
@@ -229,7 +229,9 @@ class _Trace:
             return self.push("float", _float_bits(x))
         if _is_array(x):
             if x.shape:
-                raise TypeError(f"an array of shape {tuple(x.shape)} meets a traced number: index it down to one element")
+                raise TypeError(
+                    f"an array of shape {tuple(x.shape)} meets a traced number: index it down to one element"
+                )
             if type(x).__module__ == "numpy":
                 return self.term(x.item())
             return self.load(x, ())
@@ -380,7 +382,9 @@ def _power(t: _Trace, base: Any, exponent: Any) -> Term:
         return (t.term(exponent) * math.log2(base)).exp2()
     if exponent == 0.5:
         return x.sqrt()
-    raise NotImplementedError(f"{base} ** {exponent}: only whole exponents from 1 to 16, 0.5, and positive constant bases can be traced")
+    raise NotImplementedError(
+        f"{base} ** {exponent}: only whole exponents from 1 to 16, 0.5, and positive constant bases can be traced"
+    )
 
 
 def where(condition: Any, if_true: Any, if_false: Any) -> Term:

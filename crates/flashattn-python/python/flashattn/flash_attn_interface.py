@@ -319,7 +319,9 @@ def flash_attn_with_kvcache(
     NotImplementedError
         Always.
     """
-    raise NotImplementedError("flash_attn_with_kvcache is not there yet; flash_attn_func decodes with contiguous caches")
+    raise NotImplementedError(
+        "flash_attn_with_kvcache is not there yet; flash_attn_func decodes with contiguous caches"
+    )
 
 
 def _parts(name: str, x: Any, count: int, rank: int) -> Any:
