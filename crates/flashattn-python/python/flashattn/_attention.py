@@ -158,15 +158,15 @@ def attention(
     bias = None if bias is None else add("bias", bias)
     score, score_table = None, len(extras)
     if score_mod is not None:
-        traced = trace_score_mod(score_mod)
-        score = traced.ops
-        for x in traced.tables:
+        traced_score = trace_score_mod(score_mod)
+        score = traced_score.ops
+        for x in traced_score.tables:
             add("a table of score_mod", x)
     mask, mask_table = None, len(extras)
     if mask_mod is not None:
-        traced = trace_mask_mod(mask_mod)
-        mask = traced.ops
-        for x in traced.tables:
+        traced_mask = trace_mask_mod(mask_mod)
+        mask = traced_mask.ops
+        for x in traced_mask.tables:
             add("a table of mask_mod", x)
             learned[-1] = False
     if packed:

@@ -17,10 +17,13 @@ from ._trace import Term, _dispatch, _name
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-@torch.compiler.assume_constant_result
 def write(*options: Any) -> str:
     """The options as text: a constant to ``torch.compile``, as all that it depends on are."""
     return _options.write(*options)
+
+
+# What torch.compiler.assume_constant_result does; that would import the compiler, which takes seconds.
+write._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class TracingMode(TorchFunctionMode):
@@ -67,9 +70,9 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, extras: list[Tensor], options: str, max_seqlen_q: int, max_seqlen_k: int
 ) -> tuple[Tensor, Tensor]:
     o, lse = _outputs(q, v)
-    inputs = [to_dlpack(_unit(x)) for x in (q, k, v)]
+    a, b, c = (to_dlpack(_unit(x)) for x in (q, k, v))
     tables = [to_dlpack(x) for x in extras]
-    _native.forward(options, *inputs, tables, to_dlpack(o), to_dlpack(lse), _stream(q))
+    _native.forward(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse), _stream(q))
     return o, lse
 
 
@@ -93,15 +96,21 @@ def _backward(
     max_seqlen_k: int,
 ) -> list[Tensor]:
     gradients, d_extras = _gradients(q, k, v, extras, options)
-    inputs = [to_dlpack(_unit(x)) for x in (q, k, v)]
-    given = [to_dlpack(_unit(o)), to_dlpack(lse.contiguous()), to_dlpack(_unit(do))]
+    a, b, c = (to_dlpack(_unit(x)) for x in (q, k, v))
+    dq, dk, dv = (to_dlpack(x) for x in gradients)
     _native.backward(
         options,
-        *inputs,
+        a,
+        b,
+        c,
         [to_dlpack(x) for x in extras],
-        *given,
+        to_dlpack(_unit(o)),
+        to_dlpack(lse.contiguous()),
+        to_dlpack(_unit(do)),
         None if dlse is None else to_dlpack(dlse.contiguous()),
-        *[to_dlpack(x) for x in gradients],
+        dq,
+        dk,
+        dv,
         [to_dlpack(x) for x in d_extras],
         _stream(q),
     )
@@ -236,8 +245,8 @@ def packed_probabilities(
         slopes = options.get("alibi_slopes")
         if slopes is not None and slopes.dim() == 2:
             own["alibi_slopes"] = slopes[b : b + 1] if slopes.shape[0] > 1 else slopes
-        rows = [x[None, a:z] for x, a, z in ((q, cu_q[b], cu_q[b + 1]), (k, cu_k[b], cu_k[b + 1]))]
-        n, m = (x.shape[1] for x in rows)
+        q_b, k_b = q[None, cu_q[b] : cu_q[b + 1]], k[None, cu_k[b] : cu_k[b + 1]]
+        n, m = q_b.shape[1], k_b.shape[1]
         if n and m:
-            weights[b, :, :n, :m] = probabilities(*rows, seed, dropout_p, sequence=b, **own)[0]
+            weights[b, :, :n, :m] = probabilities(q_b, k_b, seed, dropout_p, sequence=b, **own)[0]
     return weights

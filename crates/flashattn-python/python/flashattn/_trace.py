@@ -33,6 +33,11 @@ _UNARY = {
 }  # fmt: skip
 
 
+def _operators(name: str) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any], Any]]:
+    """A binary operator and its reflected form."""
+    return lambda a, b: _dispatch(name, (a, b)), lambda a, b: _dispatch(name, (b, a))
+
+
 class Term:
     """A value inside a traced function: a score, a position, or what was computed from them.
 
@@ -48,6 +53,34 @@ class Term:
     def __init__(self, trace: _Trace, index: int):
         self._trace = trace
         self._id = index
+
+    __add__, __radd__ = _operators("add")
+    __sub__, __rsub__ = _operators("sub")
+    __mul__, __rmul__ = _operators("mul")
+    __truediv__, __rtruediv__ = _operators("truediv")
+    __floordiv__, __rfloordiv__ = _operators("floordiv")
+    __mod__, __rmod__ = _operators("mod")
+    __pow__, __rpow__ = _operators("pow")
+    __and__, __rand__ = _operators("and")
+    __or__, __ror__ = _operators("or")
+    __xor__, __rxor__ = _operators("xor")
+    __lshift__, __rlshift__ = _operators("lshift")
+    __rshift__, __rrshift__ = _operators("rshift")
+    __lt__, __gt__ = _operators("lt")[0], _operators("gt")[0]
+    __le__, __ge__ = _operators("le")[0], _operators("ge")[0]
+    __eq__, __ne__ = _operators("eq")[0], _operators("ne")[0]  # type: ignore[assignment]
+
+    def __neg__(self) -> Term:
+        return self._call("neg")
+
+    def __pos__(self) -> Term:
+        return self
+
+    def __abs__(self) -> Term:
+        return self._call("abs")
+
+    def __invert__(self) -> Term:
+        return self._call("invert")
 
     def _call(self, name: str, *args: Any) -> Any:
         return _dispatch(name, (self, *args))
@@ -121,8 +154,25 @@ class Term:
         return _dispatch("clamp", (self,), {"min": min, "max": max})
 
     def to(self, dtype: Any) -> Term:
-        """As another type; only floating-point types can be asked for."""
-        return self._call("to", dtype)
+        """As another type; only floating-point types can be asked for. (Devices are accepted: there is none.)"""
+        return self if dtype is None or type(dtype).__name__ == "device" else self._call("to", dtype)
+
+    #: Where PyTorch's tensors have a device; for functions that are written for both.
+    device = None
+
+    def new_ones(self, size: tuple, dtype: Any = None) -> Term:
+        """A constant; for functions that are written for tensors, too."""
+        return self._constant(1, size, dtype)
+
+    def new_zeros(self, size: tuple, dtype: Any = None) -> Term:
+        """A constant; for functions that are written for tensors, too."""
+        return self._constant(0, size, dtype)
+
+    def _constant(self, value: int, size: tuple, dtype: Any) -> Term:
+        if tuple(size) != ():
+            raise NotImplementedError(f"a constant of shape {size} cannot be traced, expected ()")
+        name = str(dtype)
+        return self._trace.term(bool(value) if "bool" in name else value if "int" in name else float(value))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
@@ -135,25 +185,6 @@ class Term:
 
     def __array_function__(self, function: Any, types: Any, args: tuple, kwargs: Any) -> Any:
         return _dispatch(function.__name__, args, kwargs)
-
-
-def _operators() -> None:
-    def forward(name: str) -> Callable:
-        return lambda self, *args: _dispatch(name, (self, *args))
-
-    def backward(name: str) -> Callable:
-        return lambda self, other: _dispatch(name, (other, self))
-
-    both = "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
-    for name in both:
-        setattr(Term, f"__{name}__", forward(name))
-        setattr(Term, f"__r{name}__", backward(name))
-    for name in "lt le gt ge eq ne neg abs invert".split():
-        setattr(Term, f"__{name}__", forward(name))
-    Term.__pos__ = lambda self: self
-
-
-_operators()
 
 
 class Table:

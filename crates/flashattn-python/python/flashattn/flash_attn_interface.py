@@ -152,7 +152,8 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _run(q, *_parts("kv", kv, 2, 5), dropout_p, return_attn_probs, **options)
+    k, v = _parts("kv", kv, 2, 5)
+    return _run(q, k, v, dropout_p, return_attn_probs, **options)
 
 
 @_documented(
@@ -176,7 +177,8 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
-    return _run(*_parts("qkv", qkv, 3, 5), dropout_p, return_attn_probs, **options)
+    q, k, v = _parts("qkv", qkv, 3, 5)
+    return _run(q, k, v, dropout_p, return_attn_probs, **options)
 
 
 @_documented(
@@ -256,7 +258,8 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Any:
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _run(q, *_parts("kv", kv, 2, 4), dropout_p, return_attn_probs, lengths, **options)
+    k, v = _parts("kv", kv, 2, 4)
+    return _run(q, k, v, dropout_p, return_attn_probs, lengths, **options)
 
 
 @_documented(
@@ -288,7 +291,8 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> Any:
     options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    return _run(*_parts("qkv", qkv, 3, 4), dropout_p, return_attn_probs, lengths, **options)
+    q, k, v = _parts("qkv", qkv, 3, 4)
+    return _run(q, k, v, dropout_p, return_attn_probs, lengths, **options)
 
 
 def flash_attn_with_kvcache(
