@@ -1,8 +1,8 @@
 //! The native part of the Python package `flashattn`: the facade's attention on arrays that come by DLPack (NumPy,
 //! PyTorch, CuPy, …) or from XLA (JAX). It allocates no results: callers do, in their own library.
 //!
-//! Reading order: [`array`] (borrowed memory), [`dlpack`] and [`xla`] (where it comes from), [`options`] (what is asked
-//! for), [`plans`], [`call`] (what is done).
+//! Reading order: `array` (borrowed memory), `dlpack` and `xla` (where it comes from), `options` (what is asked
+//! for), `plans`, `call` (what is done).
 
 mod array;
 mod call;
