@@ -33,7 +33,8 @@ impl Layout {
         }
     }
 
-    fn strides(self, shape: [usize; 4]) -> [usize; 4] {
+    /// Strides in elements.
+    pub fn strides(self, shape: [usize; 4]) -> [usize; 4] {
         let [b, x, y, d] = contiguous_strides(self.in_memory(shape));
         match self {
             Layout::Bnhd => [b, x, y, d],
@@ -69,6 +70,32 @@ impl<T: Element> Attention<T> for Plan {
 
     fn backward(&mut self, inputs: &Inputs<T>, given: &GradInputs<T>, out: &mut Gradients<T>) -> Result<()> {
         Ok(Plan::backward(self, inputs, given, out)?)
+    }
+}
+
+/// A plan of a device.
+pub enum AnyPlan<T> {
+    /// The CPU's own, whose instruction set and threads can be chosen.
+    Cpu(Box<Plan>),
+    /// Another device's, through the facade.
+    Other(Box<flashattn::Plan<T>>),
+}
+
+impl<T: Element> Attention<T> for AnyPlan<T> {
+    fn forward(&mut self, inputs: &Inputs<T>, outputs: &mut Outputs<T>) -> Result<()> {
+        match self {
+            AnyPlan::Cpu(plan) => Attention::forward(plan.as_mut(), inputs, outputs),
+            AnyPlan::Other(plan) => {
+                Ok(plan.forward(&inputs.q, &inputs.k, &inputs.v, &mut outputs.o, outputs.lse)?)
+            }
+        }
+    }
+
+    fn backward(&mut self, inputs: &Inputs<T>, given: &GradInputs<T>, out: &mut Gradients<T>) -> Result<()> {
+        match self {
+            AnyPlan::Cpu(plan) => Attention::backward(plan.as_mut(), inputs, given, out),
+            AnyPlan::Other(plan) => Ok(plan.backward(&inputs.q, &inputs.k, &inputs.v, given, out)?),
+        }
     }
 }
 

@@ -6,9 +6,11 @@ mod check_cmd;
 mod demo;
 mod io_cmd;
 mod memory;
+mod mods;
 mod options;
 mod plot;
 mod problem;
+mod ptx_cmd;
 mod run_cmd;
 mod tensor_file;
 
@@ -39,6 +41,8 @@ enum Command {
     Bench(Box<bench::BenchArgs>),
     /// Count what attention computes and moves, and which of the two takes longer
     Io(Box<io_cmd::IoArgs>),
+    /// Show the GPU kernel of a problem: its PTX, what it needs, which blocks it computes
+    Ptx(Box<ptx_cmd::PtxArgs>),
     /// Print completions for a shell
     #[command(after_help = "Example (bash):\n  flashattn completions bash > \
                             ~/.local/share/bash-completion/completions/flashattn")]
@@ -55,6 +59,7 @@ fn main() -> ExitCode {
         Command::Check(args) => check_cmd::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Io(args) => io_cmd::run(&args),
+        Command::Ptx(args) => ptx_cmd::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "flashattn", &mut io::stdout());
             Ok(())

@@ -1,11 +1,13 @@
 //! What subcommands share: values of options, and numbers for people.
 
+use crate::attention::AnyPlan;
 use anyhow::{Result as AnyResult, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use comfy_table::{LineStyle, Table, TableStyle};
+use flashattn::{Device, Plan};
 use flashattn_cpu::arch::Isa;
 use flashattn_cpu::plan::Options;
-use flashattn_spec::DType;
+use flashattn_spec::{AttentionProblem, DType, Element};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 
@@ -20,10 +22,10 @@ pub fn dtype() -> impl TypedValueParser<Value = DType> {
 
 /// Options of subcommands that compute.
 #[derive(clap::Args, Clone, Debug)]
-pub struct CpuArgs {
-    /// Where to compute
-    #[arg(long, default_value = "cpu", value_parser = ["cpu"])]
-    pub device: String,
+pub struct ComputeArgs {
+    /// Where to compute: cpu, cuda or cuda:N (NVIDIA GPUs of the Hopper generation; the forward pass, bf16 and f16)
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    pub device: Device,
     /// Instruction set, instead of the best of this CPU
     #[arg(long, value_parser = isa())]
     pub isa: Option<Isa>,
@@ -32,15 +34,21 @@ pub struct CpuArgs {
     pub threads: Option<u16>,
 }
 
-impl CpuArgs {
-    /// The executor's options.
+impl ComputeArgs {
+    /// Whether a GPU computes.
+    pub fn on_gpu(&self) -> bool {
+        matches!(self.device, Device::Cuda(_))
+    }
+
+    /// The CPU executor's options.
     ///
     /// # Errors
-    /// If this CPU lacks the instruction set.
+    /// If this CPU lacks the instruction set; if there is one for a GPU.
     pub fn options(&self) -> AnyResult<Options> {
         let all = Isa::available();
         if let Some(isa) = self.isa {
             let names: Vec<String> = all.iter().map(Isa::to_string).collect();
+            ensure!(!self.on_gpu(), "--isa {isa} is for --device cpu, not {}", self.device);
             ensure!(all.contains(&isa), "--isa {isa}: this CPU has {} only", names.join(", "));
         }
         Ok(Options { isa: self.isa, threads: Some(self.threads()) })
@@ -49,6 +57,17 @@ impl CpuArgs {
     /// How many threads compute.
     pub fn threads(&self) -> usize {
         self.threads.map_or_else(cores, usize::from)
+    }
+
+    /// A plan of the device for a problem. `sinks` are its sink logits, if it has any.
+    ///
+    /// # Errors
+    /// What the device refuses.
+    pub fn plan<T: Element>(&self, p: &AttentionProblem, sinks: Option<&[f32]>) -> AnyResult<AnyPlan<T>> {
+        Ok(match self.device {
+            Device::Cpu => AnyPlan::Cpu(Box::new(flashattn_cpu::plan::Plan::new(p, self.options()?)?)),
+            device => AnyPlan::Other(Box::new(Plan::from_problem(p.clone(), sinks.map(Into::into), device)?)),
+        })
     }
 }
 

@@ -1,13 +1,12 @@
 //! From a file of tensors and options to a problem and what its passes read.
 
 use crate::attention::{Given, Layout, Results};
+use crate::mods::ModArgs;
 use crate::options::Pass;
 use crate::tensor_file::{Tensor, TensorFile};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
-use flashattn_spec::mask::Mask;
-use flashattn_spec::score_mod::ScoreMod;
-use flashattn_spec::{AttentionProblem, Dropout, Element};
+use flashattn_spec::{AttentionProblem, Element};
 
 /// Options that say what attention means here. What is not given comes from the file's metadata (`causal`,
 /// `softmax_scale`), as in the files that `run` writes.
@@ -19,24 +18,8 @@ pub struct ProblemArgs {
     /// A query sees every key, whatever the file says
     #[arg(long)]
     no_causal: bool,
-    /// A query sees so many keys to the left and to the right of its own position; -1: all
-    #[arg(long, value_delimiter = ',', num_args = 1, value_name = "LEFT,RIGHT", allow_hyphen_values = true)]
-    window: Option<Vec<i64>>,
-    /// Scores become CAP · tanh(score / CAP)
-    #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
-    softcap: Option<f32>,
-    /// Scores lose slope · distance: slopes from tensor alibi_slopes, or 2^(−8 (h + 1) / heads)
-    #[arg(long)]
-    alibi: bool,
-    /// Factor of q·k, instead of 1/√head_dim
-    #[arg(long, value_name = "SCALE", allow_hyphen_values = true)]
-    scale: Option<f32>,
-    /// Probability that an attention weight is dropped
-    #[arg(long, value_name = "P")]
-    dropout: Option<f32>,
-    /// Seed of the dropout
-    #[arg(long, value_name = "SEED", default_value_t = 0, requires = "dropout")]
-    seed: u64,
+    #[command(flatten)]
+    mods: ModArgs,
 }
 
 /// Dense tensors have four dimensions; packed ones may leave out the batch of one.
@@ -72,12 +55,14 @@ impl ProblemArgs {
         if let Some((q, k)) = offsets {
             p = p.with_varlen(&q, &k);
         }
-        p.mask = self.mask(file)?;
-        p.score_mod = self.score_mod(file, heads_q)?;
-        let scale = file.metadata.get("softmax_scale").filter(|_| self.scale.is_none());
-        let parse = |s: &String| s.parse().with_context(|| format!("metadata softmax_scale = {s:?}"));
-        p.softmax_scale = scale.map(parse).transpose()?.or(self.scale);
-        p.dropout = self.dropout.map(|p| Dropout { p, seed: self.seed });
+        let slopes = file.tensors.get("alibi_slopes").filter(|_| self.mods.alibi);
+        let slopes = slopes.map(|t| t.elements::<f32>().context("alibi_slopes")).transpose()?;
+        self.mods.apply(&mut p, self.causal(file)?, slopes)?;
+        if self.mods.scale.is_none() {
+            let scale = file.metadata.get("softmax_scale");
+            let parse = |s: &String| s.parse().with_context(|| format!("metadata softmax_scale = {s:?}"));
+            p.softmax_scale = scale.map(parse).transpose()?;
+        }
         p.sinks = file.tensors.contains_key("sinks");
         p.validate()?;
         for (name, expected) in [("q", p.q_shape()), ("k", p.k_shape()), ("v", p.v_shape())] {
@@ -87,41 +72,16 @@ impl ProblemArgs {
         Ok(p)
     }
 
-    fn mask(&self, file: &TensorFile) -> Result<Mask> {
-        let causal = match file.metadata.get("causal").map(String::as_str) {
-            _ if self.causal => true,
-            _ if self.no_causal => false,
-            None | Some("false") => false,
-            Some("true") => true,
+    fn causal(&self, file: &TensorFile) -> Result<bool> {
+        match file.metadata.get("causal").map(String::as_str) {
+            _ if self.causal => Ok(true),
+            _ if self.no_causal => Ok(false),
+            None | Some("false") => Ok(false),
+            Some("true") => Ok(true),
             Some(other) => bail!(
                 "metadata causal = {other:?}, expected \"true\" or \"false\"; give --causal or --no-causal"
             ),
-        };
-        let causal = if causal { Mask::Causal } else { Mask::Full };
-        let Some(window) = &self.window else { return Ok(causal) };
-        let &[left, right] = window.as_slice() else {
-            bail!("--window has {} numbers, expected two: LEFT,RIGHT", window.len());
-        };
-        let side = |x: i64| match x {
-            -1 => Ok(None),
-            0.. => Ok(Some(x as usize)),
-            _ => bail!("--window has {x}, expected 0 or more, or -1 for all"),
-        };
-        let local = Mask::Local { left: side(left)?, right: side(right)? };
-        Ok(if matches!(causal, Mask::Causal) { causal.and(local) } else { local })
-    }
-
-    fn score_mod(&self, file: &TensorFile, heads: usize) -> Result<ScoreMod> {
-        let softcap = self.softcap.map(ScoreMod::softcap);
-        if !self.alibi {
-            return Ok(softcap.unwrap_or_default());
         }
-        let slopes = match file.tensors.get("alibi_slopes") {
-            Some(tensor) => tensor.elements::<f32>().context("alibi_slopes")?,
-            None => (0..heads).map(|h| (-8.0 * (h + 1) as f32 / heads as f32).exp2()).collect(),
-        };
-        let alibi = ScoreMod::alibi(&slopes)?;
-        Ok(softcap.map_or(alibi.clone(), |softcap| softcap.then(alibi)))
     }
 }
 

@@ -2,12 +2,11 @@
 
 use crate::attention::Results;
 use crate::memory::measure;
-use crate::options::{self, CpuArgs, Pass, si, with_dtype};
+use crate::options::{self, ComputeArgs, Pass, si, with_dtype};
 use crate::problem::{self, ProblemArgs};
 use crate::tensor_file::{Tensor, TensorFile, npy_bytes, parse_npy, read, tensor, write_whole};
 use anyhow::{Context, Result, bail};
 use clap::{Args, ValueHint};
-use flashattn_cpu::plan::{Options, Plan};
 use flashattn_spec::{AttentionProblem, Element};
 use std::collections::HashMap;
 use std::io::Write;
@@ -46,7 +45,7 @@ pub struct RunArgs {
     #[command(flatten)]
     problem: ProblemArgs,
     #[command(flatten)]
-    cpu: CpuArgs,
+    compute: ComputeArgs,
     #[command(flatten)]
     npy: NpyArgs,
 }
@@ -127,14 +126,13 @@ pub fn run(args: &RunArgs) -> Result<()> {
         file.tensors.insert((*name).to_owned(), tensor);
     }
     let p = args.problem.problem(&file)?;
-    let how = args.cpu.options()?;
-    options::start_threads(args.cpu.threads())?;
-    with_dtype!(p.dtype, T => compute::<T>(args, &p, &file, how))
+    options::start_threads(args.compute.threads())?;
+    with_dtype!(p.dtype, T => compute::<T>(args, &p, &file))
 }
 
-fn compute<T: Element>(args: &RunArgs, p: &AttentionProblem, file: &TensorFile, how: Options) -> Result<()> {
+fn compute<T: Element>(args: &RunArgs, p: &AttentionProblem, file: &TensorFile) -> Result<()> {
     let given = problem::given::<T>(p, file, args.pass)?;
-    let mut plan = Plan::new(p, how)?;
+    let mut plan = args.compute.plan::<T>(p, given.sinks.as_deref())?;
     let mut results = Results::<T>::new(p, args.pass.has_backward());
     let known = args.pass == Pass::Bwd && problem::known_output(p, file, &mut results)?;
     let pass = if args.pass == Pass::Bwd && !known { Pass::FwdBwd } else { args.pass };

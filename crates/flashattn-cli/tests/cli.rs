@@ -271,10 +271,40 @@ fn check_reports_and_its_status_says_whether_all_passed() {
         assert!(!output.status.success() && output.stdout.is_empty(), "no report of 0 cases: {message}");
         assert!(message.contains("--filter \"nonesuch\": none of "), "{message}");
     }
-    assert!(refused("check --device cuda").contains("possible values: cpu"));
+    assert!(refused("check --device gpu").contains("expected cpu, cuda or cuda:N"));
+    assert!(refused("check --device cuda --isa scalar").contains("--isa scalar is for --device cpu"));
+    assert!(refused("check --device cuda:999").contains("cuda:999: "), "no driver, or no such GPU");
     assert!(refused("check --isa sse").contains("possible values: scalar, neon, avx2"));
     let foreign = if cfg!(target_arch = "x86_64") { "neon" } else { "amx" };
     assert!(refused(&format!("check --isa {foreign}")).contains("this CPU has"));
+}
+
+/// What GPUs do not take is refused by name whether there is one or not; kernels can be looked at without one.
+#[test]
+fn gpus_refuse_by_name_and_their_kernels_are_shown() {
+    let (folder, path, _) = example();
+    let out = folder.path().join("out.safetensors");
+    let message = refused(&format!("run {} -o {} --device cuda", path.display(), out.display()));
+    assert!(message.contains("f32 (expected bf16 or f16) is not supported on cuda:0") && !out.exists());
+    assert!(refused("bench --device cuda --pass bwd --shapes 64,1,512").contains("a GPU computes fwd only"));
+    let report = json_of("ptx --causal --seqlen 1000 --head-dim 64 --heads 4 --kv-heads 2 --batch 3 --json");
+    assert_eq!(report["kernel"], "flash_fwd_sm90_bf16_64_64_causal");
+    let schedule = |name: &str| report["schedule"][name].as_u64().unwrap();
+    let (m, n) = (1000u64.div_ceil(schedule("tile_m")), 1000u64.div_ceil(schedule("tile_n")));
+    assert_eq!(schedule("skipped") + schedule("full") + schedule("partial"), 12 * m * n);
+    assert!(
+        schedule("tiles") == 12 * m
+            && schedule("skipped") > 0
+            && report["shared_bytes"].as_u64() > Some(1 << 15)
+    );
+    assert_eq!(report["staged"], json!([]));
+    let report = json_of("ptx --head-dim 36 --softcap 5 --document 100 --json");
+    assert_eq!(report["staged"], json!(["q", "k", "v"]));
+    assert_eq!(report["uploads"].as_array().unwrap().len(), 4, "two lists, and ids of queries and keys");
+    let kernel = folder.path().join("kernel.ptx");
+    flashattn(&format!("ptx --dtype f16 -o {}", kernel.display())).assert().success();
+    assert!(std::fs::read_to_string(kernel).unwrap().contains(".entry flash_fwd_sm90_f16_128_128_full"));
+    assert!(refused("ptx --head-dim 300").contains("at most 256 each"));
 }
 
 #[test]

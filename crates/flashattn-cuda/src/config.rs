@@ -1,10 +1,12 @@
 //! The one tuning table: which tiles the forward kernel takes for which head dimensions.
 
-/// Tiles of the forward kernel for head dimensions up to a limit.
+/// Tiles of the forward kernel for head dimensions up to a limit, and from some number of keys on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tiles {
     /// Largest head_dim and head_dim_v of this row.
     pub head_dim: u32,
+    /// Fewest keys of this row: without a mask, and with one.
+    pub keys: [usize; 2],
     /// Consumer warpgroups, 64 rows of q each.
     pub consumers: u32,
     /// Keys of a block.
@@ -15,41 +17,52 @@ pub struct Tiles {
     pub q_in_registers: bool,
 }
 
-/// Rows by ascending head dimension; a problem takes the first that has room for its larger one. Chosen among a
-/// few tiles on an H100 SXM (bf16, full and causal, 512 to 16k tokens): `benches/record/h100-sxm/README.md`.
-pub const FORWARD_SM90: [Tiles; 3] = [
-    // The best at 512 tokens of those tried; from 2k tokens on three consumers with 128 keys were faster; whether
-    // `repair` fits their registers has not been tried.
-    Tiles { head_dim: 64, consumers: 2, tile_n: 128, stages: 3, q_in_registers: true },
+const fn tiles(
+    head_dim: u32,
+    keys: [usize; 2],
+    [consumers, tile_n, stages]: [u32; 3],
+    q_in_registers: bool,
+) -> Tiles {
+    Tiles { head_dim, keys, consumers, tile_n, stages, q_in_registers }
+}
+
+/// Rows by ascending head dimension; a problem takes the first that has room for its larger one and asks for no more keys.
+/// Chosen on an H100 SXM (bf16, full and causal, 512 to 16k tokens): `benches/record/h100-sxm/README.md`.
+pub const FORWARD_SM90: [Tiles; 5] = [
+    // More rows to a block of keys: fewer loads from L2, which is power. Short causal sequences waste more of taller tiles.
+    tiles(64, [1536, 6144], [3, 128, 3], false),
+    tiles(64, [0, 0], [2, 128, 3], true),
+    tiles(128, [1536, 6144], [3, 80, 3], false),
     // Q in registers takes half of QKᵀ's reads from shared memory away; tile_n 128 does not spill.
-    Tiles { head_dim: 128, consumers: 2, tile_n: 128, stages: 2, q_in_registers: true },
-    // O alone takes 128 registers, so Q stays in shared memory; of that, 80 keys in two stages are what is left.
-    Tiles { head_dim: 256, consumers: 2, tile_n: 80, stages: 2, q_in_registers: false },
+    tiles(128, [0, 0], [2, 128, 3], true),
+    // O alone takes 128 registers, so Q stays in shared memory; of that, 80 keys in two stages would be all that is left,
+    // but 64 are faster.
+    tiles(256, [0, 0], [2, 64, 2], false),
 ];
 
 /// The same for kernels with a mask's program, a score mod or dropout. These take registers for each key of a block, so
-/// blocks are narrower and Q stays in shared memory: without spills, by ptxas 13.0; not yet tuned by measurement.
+/// blocks are narrower and Q stays in shared memory: without spills, by ptxas 13.0.
 pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
-    Tiles { head_dim: 64, consumers: 2, tile_n: 80, stages: 3, q_in_registers: false },
-    Tiles { head_dim: 128, consumers: 2, tile_n: 64, stages: 2, q_in_registers: false },
-    Tiles { head_dim: 256, consumers: 2, tile_n: 48, stages: 2, q_in_registers: false },
+    tiles(64, [0, 0], [2, 80, 3], false),
+    tiles(128, [0, 0], [2, 64, 2], false),
+    tiles(256, [0, 0], [2, 48, 2], false),
 ];
 
-/// Part of an H100's L2 (50 MB in two halves) that the keys and values of heads which run at the same time may fill.
-const L2_BYTES: u64 = 32 << 20;
-
-/// The row for these head dimensions, and whether there are programs or dropout; `None` if one of them is beyond the table.
-pub fn forward_sm90(head_dim: usize, head_dim_v: usize, programs: bool) -> Option<Tiles> {
-    let larger = head_dim.max(head_dim_v);
-    let table = if programs { FORWARD_SM90_PROGRAMS } else { FORWARD_SM90 };
-    table.into_iter().find(|row| larger <= row.head_dim as usize)
+/// The row for these head dimensions and keys; `None` if a head dimension is beyond the table. `masked`: with any mask;
+/// `programs`: with programs or dropout.
+pub fn forward_sm90(head_dims: [usize; 2], keys: usize, masked: bool, programs: bool) -> Option<Tiles> {
+    let larger = head_dims[0].max(head_dims[1]);
+    let table: &[Tiles] = if programs { &FORWARD_SM90_PROGRAMS } else { &FORWARD_SM90 };
+    let fits = |row: &&Tiles| larger <= row.head_dim as usize && keys >= row.keys[usize::from(masked)];
+    table.iter().find(fits).copied()
 }
 
-/// How many (head, sequence) pairs walk along together, so that what they read of K and V stays in L2: a power of two of
-/// KV heads, of `bytes` each, with all `group` query heads that share them.
-pub fn head_group(bytes: u64, group: u64) -> u64 {
-    let fit = L2_BYTES / bytes.max(1);
-    (1 << fit.max(1).ilog2().min(16)) * group
+/// How many (head, sequence) pairs walk along together: KV heads, of `bytes` of keys and values each, with all `group` query
+/// heads that share them. Under a mask tiles differ in length, and the longest of several heads go first; their keys and
+/// values should stay in L2 (50 MB) nearly.
+pub fn head_group(bytes: u64, group: u64, masked: bool) -> u64 {
+    let heads = if masked { ((64 << 20) / bytes.max(1)).clamp(1, 8) } else { 2 };
+    (1 << heads.ilog2()) * group
 }
 
 #[cfg(test)]
@@ -58,11 +71,13 @@ mod tests {
 
     #[test]
     fn rows_are_chosen_by_the_larger_dimension() {
-        assert_eq!(forward_sm90(64, 1, false), Some(FORWARD_SM90[0]));
-        assert_eq!(forward_sm90(40, 65, false), Some(FORWARD_SM90[1]));
-        assert_eq!(forward_sm90(192, 128, true), Some(FORWARD_SM90_PROGRAMS[2]));
-        assert_eq!(forward_sm90(257, 8, false), None);
-        assert_eq!(forward_sm90(8, 257, true), None);
+        assert_eq!(forward_sm90([64, 1], 1536, false, false), Some(FORWARD_SM90[0]));
+        assert_eq!(forward_sm90([64, 1], 1535, false, false), Some(FORWARD_SM90[1]));
+        assert_eq!(forward_sm90([40, 65], 6143, true, false), Some(FORWARD_SM90[3]));
+        assert_eq!(forward_sm90([40, 65], 6144, true, false), Some(FORWARD_SM90[2]));
+        assert_eq!(forward_sm90([192, 128], 0, true, true), Some(FORWARD_SM90_PROGRAMS[2]));
+        assert_eq!(forward_sm90([257, 8], 1, false, false), None);
+        assert_eq!(forward_sm90([8, 257], 1, true, true), None);
     }
 
     #[test]
@@ -71,7 +86,8 @@ mod tests {
             for dv in (8..=256).step_by(8) {
                 // Panels of 64 elements; barriers and the tile's numbers are less than a KiB, alignment as much.
                 let wide = |d: usize| d.next_multiple_of(64) as u32 * 2;
-                for tiles in [false, true].map(|programs| forward_sm90(d, dv, programs).expect("up to 256")) {
+                let rows = FORWARD_SM90.iter().chain(&FORWARD_SM90_PROGRAMS);
+                for tiles in rows.filter(|row| d.max(dv) <= row.head_dim as usize) {
                     let (q, kv) = (64 * tiles.consumers * wide(d), tiles.tile_n * (wide(d) + wide(dv)));
                     assert!(q + tiles.stages * kv + 2048 <= 227 * 1024, "{d} {dv}");
                 }
@@ -80,10 +96,11 @@ mod tests {
     }
 
     #[test]
-    fn groups_fill_l2() {
-        assert_eq!(head_group(2 << 20, 1), 16);
-        assert_eq!(head_group(3 << 20, 4), 8 * 4);
-        assert_eq!(head_group(1 << 40, 8), 8);
-        assert_eq!(head_group(0, 1), 1 << 16);
+    fn groups_are_of_whole_kv_heads() {
+        assert_eq!(head_group(8 << 20, 1, true), 8);
+        assert_eq!(head_group(16 << 20, 4, true), 4 * 4);
+        assert_eq!(head_group(1 << 40, 8, true), 8);
+        assert_eq!(head_group(0, 1, true), 8);
+        assert_eq!(head_group(1 << 40, 3, false), 2 * 3);
     }
 }

@@ -210,6 +210,27 @@ impl Stream {
         self.raw.0
     }
 
+    /// A number that no other stream of the process ever has, unlike handles, which the driver uses again.
+    pub(crate) fn id(&self) -> Result<u64, Error> {
+        let mut id = 0;
+        let _current = self.device.current()?;
+        // SAFETY: the stream lives; the pointer is to a local; the per-thread default stream is resolved by the context.
+        check("cuStreamGetId", unsafe { sys::cuStreamGetId(self.raw.0, &mut id) })?;
+        Ok(id)
+    }
+
+    /// Refuses a stream of another context than the device's.
+    pub(crate) fn check_context(&self) -> Result<(), Error> {
+        let mut context = ptr::null_mut();
+        let _current = self.device.current()?;
+        // SAFETY: the stream lives; the pointer is to a local.
+        check("cuStreamGetCtx", unsafe { sys::cuStreamGetCtx(self.raw.0, &mut context) })?;
+        match context == self.device.inner.context.0 {
+            true => Ok(()),
+            false => Err(Error::OtherContext { expected: self.device.ordinal() }),
+        }
+    }
+
     /// Waits until all its work is done, and reports what went wrong in it.
     pub fn synchronize(&self) -> Result<(), Error> {
         let _current = self.device.current()?;

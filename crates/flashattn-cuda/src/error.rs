@@ -1,11 +1,15 @@
 //! The one error of this crate.
 
+use flashattn_spec::ProblemError;
+use flashattn_spec::tensor::ViewError;
 use ptx::instr::Target;
 use ptx::kernel::TensorMapError;
 use ptx::verify::VerifyErrors;
 
-/// What can go wrong between a kernel and a GPU.
-#[derive(Debug, thiserror::Error)]
+use crate::plan::PlanError;
+
+/// What can go wrong between a problem, a kernel and a GPU.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// No driver's library can be loaded.
@@ -154,6 +158,75 @@ pub enum Error {
     /// A tensor map is refused.
     #[error("tensor map: {0}")]
     TensorMap(#[from] TensorMapError),
+    /// The problem, or a tensor's shape or type, is wrong.
+    #[error(transparent)]
+    Problem(#[from] ProblemError),
+    /// The kernels do not take the problem.
+    #[error(transparent)]
+    Plan(PlanError),
+    /// A view does not fit its memory.
+    #[error("{name}: {source}")]
+    View {
+        /// The tensor.
+        name: &'static str,
+        /// What is wrong with it.
+        source: ViewError,
+    },
+    /// A tensor's address is no multiple of its elements' size.
+    #[error("{name} at address {address:#x}; expected a multiple of {expected}")]
+    Misaligned {
+        /// The tensor.
+        name: &'static str,
+        /// Its address.
+        address: u64,
+        /// What it should be a multiple of.
+        expected: usize,
+    },
+    /// An address is not of a GPU's memory.
+    #[error("{name} at address {address:#x} is {got}; expected memory of GPU {expected}")]
+    Pointer {
+        /// The tensor.
+        name: &'static str,
+        /// Its address.
+        address: u64,
+        /// What the address is.
+        got: &'static str,
+        /// The GPU of the plan.
+        expected: u32,
+    },
+    /// A stream is not of the GPU's primary context.
+    #[error("the stream is of another context; expected one of the primary context of GPU {expected}")]
+    OtherContext {
+        /// The GPU of the plan.
+        expected: u32,
+    },
+    /// A workspace is too small.
+    #[error("a workspace of {got} bytes; expected at least {expected}")]
+    Workspace {
+        /// Its bytes.
+        got: u64,
+        /// Bytes that the tensors' layout needs.
+        expected: u64,
+    },
+    /// A kernel went wrong, or work that was put into the context before it: the driver tells of both at the next wait.
+    #[error("kernel {kernel} failed, or work before it ({config}): {source}")]
+    Kernel {
+        /// The kernel's name.
+        kernel: String,
+        /// Its config.
+        config: String,
+        /// The driver's error.
+        source: Box<Error>,
+    },
+}
+
+impl From<PlanError> for Error {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Problem(error) => Error::Problem(error),
+            unsupported => Error::Plan(unsupported),
+        }
+    }
 }
 
 /// A CUDA version, as `1000 · major + 10 · minor`.

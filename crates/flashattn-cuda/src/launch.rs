@@ -62,12 +62,12 @@ impl Launch {
 }
 
 /// A parameter's bytes, aligned for every kind.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 #[repr(C, align(128))]
-struct Slot([u8; 128]);
+pub(crate) struct Slot([u8; 128]);
 
 impl Slot {
-    fn new(bytes: &[u8]) -> Slot {
+    pub(crate) fn new(bytes: &[u8]) -> Slot {
         let mut slot = [0; 128];
         slot.iter_mut().zip(bytes).for_each(|(to, &from)| *to = from);
         Slot(slot)
@@ -88,8 +88,31 @@ impl Module {
                 buffer.range("an argument", *offset, 0)?;
             }
         }
-        check_grid(&self.kernel, launch.grid)?;
         let mut slots = pack(&self.kernel, args)?;
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_packed(stream, launch, &mut slots) }
+    }
+
+    /// Arguments as the driver reads them, each of its parameter's kind.
+    pub(crate) fn pack(&self, args: &[Arg<'_>]) -> Result<Vec<Slot>, Error> {
+        pack(&self.kernel, args)
+    }
+
+    /// As [`Module::launch`], with arguments from [`Module::pack`] (of the stream's GPU).
+    ///
+    /// # Safety
+    /// As [`Module::launch`].
+    pub(crate) unsafe fn launch_packed(
+        &self,
+        stream: &Stream,
+        launch: &Launch,
+        slots: &mut [Slot],
+    ) -> Result<(), Error> {
+        check_grid(&self.kernel, launch.grid)?;
+        if slots.len() != self.kernel.params.len() {
+            let (got, expected) = (slots.len(), self.kernel.params.len());
+            return Err(Error::ArgumentCount { kernel: self.kernel.name.clone(), got, expected });
+        }
         let mut pointers: Vec<*mut c_void> = slots.iter_mut().map(|slot| (&raw mut *slot).cast()).collect();
         let mut attributes = attributes(&self.kernel, launch);
         let ([x, y, z], [bx, by, bz]) = (launch.grid, self.kernel.block);
@@ -132,7 +155,7 @@ fn pack(kernel: &Signature, args: &[Arg<'_>]) -> Result<Vec<Slot>, Error> {
                 return Ok(Slot::new(&buffer.address().wrapping_add(*offset).to_ne_bytes()));
             }
             (ParamKind::TensorMap, Arg::TensorMap(map)) => {
-                return Ok(Slot::new(bytemuck::bytes_of(&map.raw.opaque)));
+                return Ok(Slot::new(map.bytes()));
             }
             (ParamKind::U32, _) => "a u32",
             (ParamKind::S32, _) => "an s32",

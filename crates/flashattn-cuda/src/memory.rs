@@ -62,47 +62,71 @@ impl Buffer {
 
     /// Copies values to its begin. Waits for the stream: the values may be anywhere in the host's memory.
     pub fn write<T: NoUninit>(&self, stream: &Stream, values: &[T]) -> Result<(), Error> {
+        self.write_at(stream, 0, values)
+    }
+
+    /// Copies values to byte `offset` and on. Waits for the stream.
+    pub fn write_at<T: NoUninit>(&self, stream: &Stream, offset: u64, values: &[T]) -> Result<(), Error> {
         self.device.same(stream.device(), "the stream")?;
         let bytes = size_of_val(values);
-        self.range("writing", 0, bytes as u128)?;
+        self.range("writing", offset, bytes as u128)?;
         if bytes == 0 {
             return Ok(());
         }
         let _current = self.device.current()?;
-        let (from, to) = (values.as_ptr().cast(), stream.handle());
+        let (from, to, handle) = (values.as_ptr().cast(), self.address + offset, stream.handle());
         // SAFETY: both ranges have `bytes` bytes (checked above), and the source lives until the wait below.
-        check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(self.address, from, bytes, to) })?;
+        check("cuMemcpyHtoDAsync", unsafe { sys::cuMemcpyHtoDAsync_v2(to, from, bytes, handle) })?;
         stream.synchronize()
     }
 
     /// Copies it all to the host. Waits for the stream.
-    pub fn read<T: AnyBitPattern>(&self, stream: &Stream) -> Result<Vec<T>, Error> {
-        self.device.same(stream.device(), "the stream")?;
+    pub fn read<T: AnyBitPattern + NoUninit>(&self, stream: &Stream) -> Result<Vec<T>, Error> {
         let size = size_of::<T>();
         if size == 0 || !self.bytes.is_multiple_of(size) {
             return Err(Error::Elements { bytes: self.bytes as u64, size });
         }
         let mut values: Vec<T> = bytemuck::zeroed_vec(self.bytes / size);
-        if self.bytes > 0 {
-            let _current = self.device.current()?;
-            let to = values.as_mut_ptr().cast();
-            // SAFETY: the vector has `bytes` bytes, in which every bit pattern is a T, and lives until the wait below.
-            let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to, self.address, self.bytes, stream.handle()) };
-            check("cuMemcpyDtoHAsync", result)?;
-            stream.synchronize()?;
-        }
+        self.read_at(stream, 0, &mut values)?;
         Ok(values)
+    }
+
+    /// Copies bytes from `offset` on into all of `values`. Waits for the stream.
+    pub fn read_at<T: AnyBitPattern + NoUninit>(
+        &self,
+        stream: &Stream,
+        offset: u64,
+        values: &mut [T],
+    ) -> Result<(), Error> {
+        self.device.same(stream.device(), "the stream")?;
+        let bytes = size_of_val(values);
+        self.range("reading", offset, bytes as u128)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _current = self.device.current()?;
+        let (from, to) = (self.address + offset, values.as_mut_ptr().cast());
+        // SAFETY: both ranges have `bytes` bytes, in which every bit pattern is a T; the target lives until the wait below.
+        let result = unsafe { sys::cuMemcpyDtoHAsync_v2(to, from, bytes, stream.handle()) };
+        check("cuMemcpyDtoHAsync", result)?;
+        stream.synchronize()
     }
 
     /// Sets every byte, in the stream's order; does not wait.
     pub fn fill(&self, stream: &Stream, byte: u8) -> Result<(), Error> {
+        self.fill_first(stream, self.bytes, byte)
+    }
+
+    /// Sets the first bytes, in the stream's order; does not wait.
+    pub(crate) fn fill_first(&self, stream: &Stream, bytes: usize, byte: u8) -> Result<(), Error> {
         self.device.same(stream.device(), "the stream")?;
-        if self.bytes == 0 {
+        self.range("filling", 0, bytes as u128)?;
+        if bytes == 0 {
             return Ok(());
         }
         let _current = self.device.current()?;
-        // SAFETY: the buffer has `bytes` bytes; the stream lives.
-        let result = unsafe { sys::cuMemsetD8Async(self.address, byte, self.bytes, stream.handle()) };
+        // SAFETY: the buffer has as many bytes (checked above); the stream lives.
+        let result = unsafe { sys::cuMemsetD8Async(self.address, byte, bytes, stream.handle()) };
         check("cuMemsetD8Async", result)
     }
 

@@ -10,7 +10,7 @@ use flashattn_spec::mask::Mask;
 use flashattn_spec::{AttentionProblem, DType, ProblemError, philox};
 use ptx::instr::Element;
 
-use crate::config;
+use crate::config::{self, Tiles};
 use crate::kernels::{FwdConfig, MaskKind};
 
 /// What the kernels of this crate do not take yet.
@@ -93,7 +93,7 @@ pub enum Tensor {
     Lse,
     /// Sink logits, f32 by query head.
     Sinks,
-    /// One u32 that is 0 before the launch and after it.
+    /// [`ForwardPlan::counter_bytes`]; the first u32 is 0 before the launch and after it, the others may be anything.
     Counter,
     /// The plan's upload of this index.
     Upload(usize),
@@ -175,11 +175,25 @@ impl ForwardPlan {
     /// # Errors
     /// What is wrong with the problem, or what the kernel does not take.
     pub fn new(problem: &AttentionProblem, strides: &Strides) -> Result<ForwardPlan, PlanError> {
+        ForwardPlan::with_tiles(problem, strides, None)
+    }
+
+    /// As [`ForwardPlan::new`], with other tiles than the tuning table's.
+    ///
+    /// # Errors
+    /// As [`ForwardPlan::new`]. Tiles that do not fit the GPU's registers or shared memory are refused when the kernel is
+    /// loaded, or slow.
+    pub fn with_tiles(
+        problem: &AttentionProblem,
+        strides: &Strides,
+        tiles: Option<Tiles>,
+    ) -> Result<ForwardPlan, PlanError> {
         problem.validate()?;
         let lowered = problem.lower()?;
         let mask = band(problem, lowered.mask.is_some());
         let by_blocks = lowered.mask.filter(|_| mask.is_none());
-        let config = configure(problem, mask, &by_blocks, &lowered.score_mod)?;
+        let mut config = configure(problem, mask, &by_blocks, &lowered.score_mod, tiles)?;
+        config.wide_stores = o_strides(problem, strides).all(|(_, stride)| stride.is_multiple_of(4));
         let tiles = count(problem, &config)?;
         let mut plan = ForwardPlan { config, arguments: Vec::new(), uploads: Vec::new(), tiles };
         plan.tensors(problem, strides)?;
@@ -202,6 +216,11 @@ impl ForwardPlan {
         self.tiles.min(multiprocessors)
     }
 
+    /// Bytes of [`Tensor::Counter`]: the next tile's number; and for each tile the one that its block had before it.
+    pub fn counter_bytes(&self) -> u64 {
+        4 + 4 * u64::from(self.tiles)
+    }
+
     /// Checks that a tensor may lie at this address.
     ///
     /// # Errors
@@ -209,6 +228,7 @@ impl ForwardPlan {
     pub fn check_address(&self, tensor: Tensor, address: u64) -> Result<(), PlanError> {
         let align = match tensor {
             Tensor::Q | Tensor::K | Tensor::V => 16,
+            Tensor::O if self.config.wide_stores => 8,
             _ => 4,
         };
         if address.is_multiple_of(align) {
@@ -253,17 +273,16 @@ impl ForwardPlan {
             };
             self.arguments.push(argument);
         }
-        let [b, n, h, _] = problem.o_shape();
-        let [sb, sn, sh, _] = strides.o;
-        for (dim, size, stride) in [("batch", b, sb), ("seqlen", n, sn), ("heads", h, sh)] {
+        for (dim, stride) in o_strides(problem, strides) {
             // Columns are stored in pairs.
-            if size > 1 && !stride.is_multiple_of(2) {
+            if !stride.is_multiple_of(2) {
                 let got = format!("o with a {dim} stride of {stride} elements");
                 return unsupported(Feature::Stride, got, "an even number");
             }
         }
         self.arguments.extend([Tensor::O, Tensor::Lse, Tensor::Counter].map(Argument::Address));
         let [_, queries, heads, _] = problem.q_shape();
+        let [sb, sn, sh, _] = strides.o;
         let numbers = [sb, sn, sh, heads * queries, queries];
         self.arguments.extend(numbers.map(|x| Argument::U64(x as u64)));
         Ok(())
@@ -273,7 +292,8 @@ impl ForwardPlan {
     fn sizes(&mut self, p: &AttentionProblem) {
         let head_bytes = p.seqlen_k as u64 * (p.head_dim + p.head_dim_v) as u64 * 2;
         let pairs = (p.heads_q * p.batch) as u64;
-        let head_group = config::head_group(head_bytes, p.group() as u64).min(pairs.max(1));
+        let masked = self.config.mask != MaskKind::Band { left: false, right: false };
+        let head_group = config::head_group(head_bytes, p.group() as u64, masked).min(pairs.max(1));
         let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group as usize];
         // They fit: validated to be below 2³⁰, and the pairs are at most the tiles.
         self.arguments.extend(numbers.map(|x| Argument::U32(x as u32)));
@@ -349,12 +369,9 @@ impl ForwardPlan {
                 self.arguments.push(address);
             }
         }
-        if self.config.repair {
-            for (tensor, strides) in [(Tensor::Q, strides.q), (Tensor::K, strides.k), (Tensor::V, strides.v)]
-            {
-                self.arguments.push(Argument::Address(tensor));
-                self.arguments.extend(strides[..3].iter().map(|&x| Argument::U64(x as u64)));
-            }
+        for (tensor, strides) in [(Tensor::Q, strides.q), (Tensor::K, strides.k), (Tensor::V, strides.v)] {
+            self.arguments.push(Argument::Address(tensor));
+            self.arguments.extend(strides[..3].iter().map(|&x| Argument::U64(x as u64)));
         }
     }
 }
@@ -377,6 +394,7 @@ fn configure(
     band: Option<[Option<usize>; 2]>,
     mask: &Option<Traced>,
     score_mod: &Option<Traced>,
+    tiles: Option<Tiles>,
 ) -> Result<FwdConfig, PlanError> {
     let element = match p.dtype {
         DType::Bf16 => Element::BF16,
@@ -385,7 +403,8 @@ fn configure(
     };
     let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
     let programs = dropout || mask.is_some() || score_mod.is_some();
-    let Some(tiles) = config::forward_sm90(p.head_dim, p.head_dim_v, programs) else {
+    let (head_dims, masked) = ([p.head_dim, p.head_dim_v], band != Some([None, None]));
+    let Some(tiles) = tiles.or_else(|| config::forward_sm90(head_dims, p.seqlen_k, masked, programs)) else {
         let most = config::FORWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
         return unsupported(Feature::HeadDim, got, format!("at most {most} each"));
@@ -414,7 +433,7 @@ fn configure(
         dropout,
         sinks: p.sinks,
         varlen: p.varlen.is_some(),
-        repair: p.varlen.is_some() || band != Some([None, None]),
+        wide_stores: false,
     })
 }
 
@@ -434,6 +453,12 @@ fn count(p: &AttentionProblem, config: &FwdConfig) -> Result<u32, PlanError> {
             "fewer than 2^31",
         ),
     }
+}
+
+/// The strides of o that count: of dimensions with more than one index.
+fn o_strides(p: &AttentionProblem, strides: &Strides) -> impl Iterator<Item = (&'static str, usize)> {
+    let dims = ["batch", "seqlen", "heads"].into_iter().zip(strides.o).zip(p.o_shape());
+    dims.filter(|(_, size)| *size > 1).map(|(dim, _)| dim)
 }
 
 /// A stride in bytes, as TMA takes it.
@@ -522,14 +547,10 @@ mod tests {
             plan.arguments.iter().filter_map(only).collect()
         };
         let full = plan(&p);
-        assert_eq!(
-            (full.config.mask, full.config.repair),
-            (MaskKind::Band { left: false, right: false }, false)
-        );
+        assert_eq!(full.config.mask, MaskKind::Band { left: false, right: false });
         assert_eq!((full.tiles, full.grid(132), full.grid(5)), (12, 12, 5));
         p.mask = Mask::Causal;
         assert_eq!(signed(&plan(&p)), [0]);
-        assert!(plan(&p).config.repair);
         // A reach beyond all keys is cut: the kernel's sums stay small.
         p.mask = Mask::window(1 << 29, 7);
         assert_eq!(signed(&plan(&p)), [300, 7]);
@@ -554,7 +575,7 @@ mod tests {
         let plan = plan(&p);
         let names: Vec<&str> = plan.uploads.iter().map(|upload| upload.name.as_str()).collect();
         assert_eq!(names, ["score mod table 0", "cu_seqlens_q", "cu_seqlens_k"]);
-        assert!(plan.config.prescaled && plan.config.repair && plan.config.varlen && plan.config.sinks);
+        assert!(plan.config.prescaled && plan.config.varlen && plan.config.sinks);
         for expected in
             [Argument::U32(9), Argument::U32(3), Argument::F32(2.0), Argument::Address(Tensor::Sinks)]
         {

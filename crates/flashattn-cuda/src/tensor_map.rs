@@ -8,6 +8,7 @@ use cudarc::driver::sys::{
 };
 use ptx::kernel::{Swizzle, TensorElement};
 
+use crate::device::Device;
 use crate::driver::check;
 use crate::error::Error;
 use crate::memory::Buffer;
@@ -19,11 +20,22 @@ pub struct TensorMap {
 }
 
 impl TensorMap {
+    /// The parameter's bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        bytemuck::bytes_of(&self.raw.opaque)
+    }
+}
+
+impl TensorMap {
     /// Encodes `map` over the buffer from byte `offset` on, after checking it and that the tensor lies in the buffer.
     pub fn new(map: &ptx::TensorMap, buffer: &Buffer, offset: u64) -> Result<TensorMap, Error> {
-        let address = buffer.address().wrapping_add(offset);
-        map.check(address)?;
         buffer.range("a tensor map", offset, extent(map))?;
+        Self::encode(map, buffer.device(), buffer.address().wrapping_add(offset))
+    }
+
+    /// Encodes `map` over the tensor at an address of the device's memory, after checking it.
+    pub(crate) fn encode(map: &ptx::TensorMap, device: &Device, address: u64) -> Result<TensorMap, Error> {
+        map.check(address)?;
         // The driver reads as many as there are dimensions; arrays of 5 spare it a null pointer for one dimension.
         let mut shape = [1; 5];
         let mut strides = [0; 5];
@@ -44,7 +56,7 @@ impl TensorMap {
             Swizzle::B128 => CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
         let mut raw = CUtensorMap { opaque: [0; 16] };
-        let _current = buffer.device().current()?;
+        let _current = device.current()?;
         // SAFETY: the map is a local of the alignment that its type has; the arrays have an entry for each dimension (1
         // to 5, checked); a context is current; the address is only encoded, not followed.
         let result = unsafe {

@@ -25,6 +25,7 @@
 mod dense;
 mod prepared;
 pub(crate) mod rounding;
+mod row;
 pub mod standard;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,8 @@ use dense::{Dense, matrix_mut, parallel, product_transposed};
 use ndarray::{Array2, Array4};
 use prepared::{ModEvaluator, Prepared, env};
 use std::ops::Range;
+
+pub use row::{Row, forward_rows};
 
 /// Queries that are worked on at a time.
 const ROWS: usize = 32;

@@ -63,11 +63,32 @@ fn span(shape: [usize; 4], strides: [usize; 4]) -> Option<usize> {
     (span <= isize::MAX as usize).then_some(span)
 }
 
-fn check(shape: [usize; 4], strides: [usize; 4], len: usize) -> Result<(), ViewError> {
+/// Elements from the first to one past the last of a tensor with these strides (in elements), wherever it lies; 0 if it is
+/// empty.
+///
+/// # Errors
+/// [`ViewError::LastStride`], [`ViewError::Overflow`].
+pub fn check_strides(shape: [usize; 4], strides: [usize; 4]) -> Result<usize, ViewError> {
     if shape[3] > 1 && strides[3] != 1 {
         return Err(ViewError::LastStride { got: strides[3] });
     }
-    let needed = span(shape, strides).ok_or(ViewError::Overflow { shape, strides })?;
+    span(shape, strides).ok_or(ViewError::Overflow { shape, strides })
+}
+
+/// As [`check_strides`], of an output: no two of its elements share memory.
+///
+/// # Errors
+/// As [`check_strides`]; [`ViewError::Overlap`].
+pub fn check_output_strides(shape: [usize; 4], strides: [usize; 4]) -> Result<usize, ViewError> {
+    let needed = check_strides(shape, strides)?;
+    if needed > 0 && !is_disjoint(shape, strides) {
+        return Err(ViewError::Overlap { shape, strides });
+    }
+    Ok(needed)
+}
+
+fn check(shape: [usize; 4], strides: [usize; 4], len: usize) -> Result<(), ViewError> {
+    let needed = check_strides(shape, strides)?;
     if needed > len {
         return Err(ViewError::TooShort { shape, strides, needed, len });
     }
@@ -154,9 +175,7 @@ impl<'a, T: Element> ViewMut<'a, T> {
         strides: [usize; 4],
     ) -> Result<Self, ViewError> {
         check(shape, strides, data.len())?;
-        if !shape.contains(&0) && !is_disjoint(shape, strides) {
-            return Err(ViewError::Overlap { shape, strides });
-        }
+        check_output_strides(shape, strides)?;
         Ok(ViewMut { data, shape, strides })
     }
 

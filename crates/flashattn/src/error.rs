@@ -55,6 +55,15 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The GPU or its driver refused, or a tensor on it does not fit; or a kernel failed.
+    #[cfg(feature = "cuda")]
+    #[error("{executor}: {source}")]
+    Cuda {
+        /// The device.
+        executor: Device,
+        /// Why.
+        source: Box<flashattn_cuda::Error>,
+    },
     /// The memory of a result cannot be had.
     #[error("{name} of shape {shape:?} needs {bytes} bytes, which could not be allocated")]
     OutOfMemory {
@@ -87,6 +96,23 @@ impl From<CpuError> for Error {
             CpuError::Unsupported { feature } => Error::Unsupported { feature, executor: Device::Cpu },
             // Reasons that the executor may come to have.
             other => Error::Refused { executor: Device::Cpu, reason: other.to_string() },
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Error {
+    /// What the GPU executor says, with the device that it was asked of.
+    pub(crate) fn cuda(executor: Device) -> impl Fn(flashattn_cuda::Error) -> Error {
+        use flashattn_cuda::plan::PlanError;
+        move |error| match error {
+            flashattn_cuda::Error::Problem(error) => Error::Problem(error),
+            flashattn_cuda::Error::View { name, source } => Error::View { name, source },
+            flashattn_cuda::Error::Plan(PlanError::Unsupported { feature, got, expected, .. }) => {
+                let feature = format!("{}: {got} (expected {expected})", feature.name());
+                Error::Unsupported { feature, executor }
+            }
+            source => Error::Cuda { executor, source: source.into() },
         }
     }
 }

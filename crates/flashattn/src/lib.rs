@@ -104,6 +104,22 @@
 //! # Ok::<(), flashattn::Error>(())
 //! ```
 //!
+//! On an NVIDIA GPU the same calls run with [`Device::Cuda`], in bf16 and f16, forward. They copy host tensors there and back;
+//! tensors that are on the GPU already, another library's too, go to `Plan::forward_on` with a stream. Nothing of CUDA is
+//! needed to build; without a driver the plan is refused:
+//!
+#![cfg_attr(feature = "cuda", doc = "```")]
+#![cfg_attr(not(feature = "cuda"), doc = "```ignore")]
+//! # use flashattn::{Attention, Device, Error, View, bf16};
+//! # let data = vec![bf16::ONE; 6 * 2 * 64];
+//! # let x = View::new(&data, [1, 6, 2, 64])?;
+//! match Attention::new().causal().device(Device::Cuda(0)).forward(&x, &x, &x) {
+//!     Ok(o) => assert_eq!(o.shape(), x.shape()),
+//!     Err(error) => assert!(matches!(error, Error::Cuda { .. }), "no driver, no GPU, or not of this generation"),
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! To run many times on one shape, or to write into memory of your own, make a [`Plan`] once. Everything
 //! wrong with options, shapes or strides is one [`Error`] that says what was got and what was expected;
 //! nothing panics. [`Output::merge`] joins results over parts of the keys.
@@ -124,12 +140,17 @@ mod tensor;
 #[cfg(feature = "ndarray")]
 pub use arrays::{view_of, view_of_mut};
 pub use attention::Attention;
-pub use device::Device;
+pub use device::{Device, ParseDeviceError};
 pub use error::Error;
 pub use output::{Gradients, Output};
+#[cfg(feature = "cuda")]
+pub use plan::gpu::DeviceTensors;
 pub use plan::{GradientsMut, Plan, Shape};
 pub use tensor::{AsView, AsViewMut, Tensor};
 
+/// NVIDIA GPUs: devices, streams, buffers, views over memory there. With the feature `cuda` (on by default).
+#[cfg(feature = "cuda")]
+pub use flashattn_cuda as cuda;
 pub use flashattn_spec as spec;
 pub use flashattn_spec::expr::{Expr, Index, Table, Term, Traced};
 pub use flashattn_spec::mask::{BlockMask, Mask};

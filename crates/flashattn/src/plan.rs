@@ -1,12 +1,15 @@
 //! [`Plan`]: attention of one shape made ready for one device, to run many times.
 
+#[cfg(feature = "cuda")]
+pub(crate) mod gpu;
+
 use crate::Device;
 use crate::error::{Error, shape_error};
 use crate::output::{Gradients, Output};
 use crate::tensor::{AsView, AsViewMut, Tensor, zeros};
 use flashattn_cpu::plan as cpu;
 use flashattn_spec::expr::Table;
-use flashattn_spec::{AttentionProblem, Element, GradInputs, Inputs, Outputs};
+use flashattn_spec::{AttentionProblem, Element, GradInputs, Inputs, Outputs, ProblemError};
 use std::fmt;
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -83,7 +86,9 @@ pub struct Plan<T> {
 
 /// One variant a [`Device`].
 enum Executor {
-    Cpu(cpu::Plan),
+    Cpu(Box<cpu::Plan>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<gpu::Executor>),
 }
 
 impl<T> fmt::Debug for Plan<T> {
@@ -93,6 +98,35 @@ impl<T> fmt::Debug for Plan<T> {
 }
 
 impl<T: Element> Plan<T> {
+    /// A plan for a problem that is made already, of element type `T`; what [`crate::Attention::plan`] does with the one that
+    /// it makes. `sinks` are given exactly when the problem has them.
+    ///
+    /// # Errors
+    /// If the problem or the sinks are wrong; [`Error::Unsupported`] if the device cannot do it.
+    pub fn from_problem(
+        problem: AttentionProblem,
+        sinks: Option<Arc<[f32]>>,
+        device: Device,
+    ) -> Result<Self, Error> {
+        problem.validate()?;
+        if problem.dtype != T::DTYPE {
+            return Err(
+                ProblemError::DType { name: "the plan", got: T::DTYPE, expected: problem.dtype }.into()
+            );
+        }
+        let word = |given| if given { "given" } else { "absent" };
+        match &sinks {
+            Some(sinks) if problem.sinks && sinks.len() != problem.heads_q => {
+                Err(shape_error("sinks", &[sinks.len()], &[problem.heads_q]))
+            }
+            sinks if sinks.is_some() != problem.sinks => {
+                let (got, expected) = (word(sinks.is_some()), word(problem.sinks));
+                Err(ProblemError::Presence { name: "sinks", got, expected }.into())
+            }
+            _ => Plan::new(problem, sinks, device, None),
+        }
+    }
+
     pub(crate) fn new(
         problem: AttentionProblem,
         sinks: Option<Arc<[f32]>>,
@@ -100,8 +134,18 @@ impl<T: Element> Plan<T> {
         threads: Option<usize>,
     ) -> Result<Self, Error> {
         let executor = match device {
-            Device::Cpu => {
-                Executor::Cpu(cpu::Plan::new(&problem, cpu::Options { threads, ..Default::default() })?)
+            Device::Cpu => Executor::Cpu(Box::new(cpu::Plan::new(
+                &problem,
+                cpu::Options { threads, ..Default::default() },
+            )?)),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(ordinal) => {
+                Executor::Cuda(Box::new(gpu::Executor::new(ordinal, &problem, sinks.as_deref())?))
+            }
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda(_) => {
+                let feature = "a build without the cargo feature cuda".to_owned();
+                return Err(Error::Unsupported { feature, executor: device });
             }
         };
         let grad_tables = problem.grad_tables();
@@ -120,7 +164,8 @@ impl<T: Element> Plan<T> {
 
     /// Bytes of working memory that [`Plan::forward`] takes beside the tensors, at most: linear in the sequence length.
     /// The first call allocates it, and the plan keeps it for the next. (Lists of tasks and of blocks to skip, small
-    /// beside it, are not counted.)
+    /// beside it, are not counted.) On a GPU: device memory, for row-major tensors; others may have to be copied first
+    /// (`flashattn::cuda::Forward::workspace_bytes`).
     ///
     /// ```
     /// # use flashattn::{Attention, Shape, bf16};
@@ -137,13 +182,17 @@ impl<T: Element> Plan<T> {
     pub fn forward_workspace_bytes(&self) -> usize {
         match &self.executor {
             Executor::Cpu(plan) => plan.forward_workspace_bytes(),
+            #[cfg(feature = "cuda")]
+            Executor::Cuda(gpu) => gpu.workspace_bytes,
         }
     }
 
-    /// As [`Plan::forward_workspace_bytes`], of [`Plan::backward`].
+    /// As [`Plan::forward_workspace_bytes`], of [`Plan::backward`]; 0 where that is not supported.
     pub fn backward_workspace_bytes(&self) -> usize {
         match &self.executor {
             Executor::Cpu(plan) => plan.backward_workspace_bytes(),
+            #[cfg(feature = "cuda")]
+            Executor::Cuda(_) => 0,
         }
     }
 
@@ -155,8 +204,11 @@ impl<T: Element> Plan<T> {
     /// Fills o, `[batch, seqlen_q, heads_q, head_dim_v]`, and lse, `[batch, heads_q, seqlen_q]` (`[heads_q,
     /// total_q]` when packed), natural logarithm.
     ///
+    /// On a GPU each call copies the tensors there and the results back, and waits; tensors that are there already are
+    /// given to `Plan::forward_on`.
+    ///
     /// # Errors
-    /// If a tensor does not fit the plan; nothing is written then.
+    /// If a tensor does not fit the plan; nothing is written then. On a GPU also what goes wrong there.
     pub fn forward(
         &self,
         q: &impl AsView<T>,
@@ -169,6 +221,8 @@ impl<T: Element> Plan<T> {
         let mut outputs = Outputs { o: o.to_view_mut("o")?, lse };
         match &self.executor {
             Executor::Cpu(plan) => Ok(plan.forward(&inputs, &mut outputs)?),
+            #[cfg(feature = "cuda")]
+            Executor::Cuda(gpu) => gpu.on_host(&inputs, &mut outputs),
         }
     }
 
@@ -177,7 +231,7 @@ impl<T: Element> Plan<T> {
     /// slice for each of [`Plan::grad_tables`].
     ///
     /// # Errors
-    /// If a tensor does not fit the plan; nothing is written then.
+    /// If a tensor does not fit the plan; nothing is written then. [`Error::Unsupported`] on a GPU, for now.
     pub fn backward(
         &self,
         q: &impl AsView<T>,
@@ -189,6 +243,11 @@ impl<T: Element> Plan<T> {
         let inputs = self.inputs(q, k, v)?;
         match &self.executor {
             Executor::Cpu(plan) => Ok(plan.backward(&inputs, given, gradients)?),
+            #[cfg(feature = "cuda")]
+            Executor::Cuda(_) => {
+                inputs.check(&self.problem)?;
+                Err(Error::Unsupported { feature: "the backward pass".to_owned(), executor: self.device })
+            }
         }
     }
 

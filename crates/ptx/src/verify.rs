@@ -62,7 +62,7 @@ pub enum Rule {
 }
 
 /// A breach of a rule.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct VerifyError {
     /// The rule.
     pub rule: Rule,
@@ -85,7 +85,7 @@ impl fmt::Display for VerifyError {
 }
 
 /// Every breach of a rule in a kernel; at least one.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[error("kernel {kernel:?} breaks {} rule(s):\n{}", .errors.len(), lines(.errors))]
 pub struct VerifyErrors {
     /// The kernel's name.

@@ -1,5 +1,6 @@
 //! `flashattn bench`: times passes over a grid of sizes.
 
+mod gpu;
 mod grid;
 mod probe;
 mod serve;
@@ -7,15 +8,16 @@ mod verify;
 
 use crate::attention::{Given, Layout, Results};
 use crate::memory::{measure, median};
-use crate::options::{self, CpuArgs, Pass, with_dtype};
+use crate::options::{self, ComputeArgs, Pass, with_dtype};
 use crate::plot::{self, Panel, Series};
 use crate::tensor_file::write_whole;
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueHint};
 use comfy_table::{CellAlignment, Table};
+use flashattn::Device;
 use flashattn_cpu::arch::Isa;
 use flashattn_cpu::plan::{Options, Plan};
-use flashattn_spec::{DType, Element, io::Device};
+use flashattn_spec::{DType, Element, io};
 use grid::{Cell, GridArgs};
 use serde::Serialize;
 use std::io::Write;
@@ -31,16 +33,19 @@ Examples:
       decoding with grouped heads
   flashattn bench --grid cpu --json > rows.json
       the sizes of the comparison with PyTorch (benches/peers/cpu.py), one JSON row each
+  flashattn bench --device cuda --grid h100 --json > rows.json
+      36 shapes on a GPU; other shapes, masks and scores: --shapes '72,1,3000' --dtype f16 --kv-heads 4 --alibi
 
 Each result is compared with the f64 oracle before it is timed. A time is process CPU time divided by threads, which other
-programs on the machine disturb little; wall time stands beside it. ± is half the range over rounds.";
+programs on the machine disturb little; wall time stands beside it. ± is half the range over rounds. On a GPU a time is by
+its own clock, of launches back to back for 150 ms, median of three such loops, the tensors in its memory.";
 
 /// Options of `flashattn bench`.
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct BenchArgs {
     #[command(flatten)]
-    cpu: CpuArgs,
+    compute: ComputeArgs,
     #[command(flatten)]
     grid: GridArgs,
     /// How tensors lie in memory
@@ -111,14 +116,17 @@ struct Row {
 /// # Errors
 /// Options that do not fit together, wrong results, and whatever prevents writing.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    let how = args.cpu.options()?;
+    let how = args.compute.options()?;
     if args.serve {
         return serve::serve(how.isa);
     }
-    options::start_threads(args.cpu.threads())?;
-    let cells = args.grid.cells();
+    options::start_threads(args.compute.threads())?;
+    let cells = args.grid.cells(args.compute.on_gpu())?;
+    if let Device::Cuda(ordinal) = args.compute.device {
+        return gpu::run(args, ordinal, &cells);
+    }
     let bar = options::progress(cells.len() as u64);
-    let device = Device::this_cpu().name;
+    let device = io::Device::this_cpu().name;
     let mut rows = Vec::new();
     for cell in &cells {
         let name = format!("{} {} {}", cell.problem.dtype, cell.pass, cell.name());
@@ -128,7 +136,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     bar.finish_and_clear();
     if let Some(path) = &args.plot {
-        write_whole(path, picture(&rows, &device)?.as_bytes())?;
+        let points: Vec<Point> =
+            rows.iter().filter(|r| r.seqlen_q > 1 || r.seqlen == 1).map(Point::new).collect();
+        write_whole(path, picture(&points, &device, "GFLOP/s")?.as_bytes())?;
     }
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -136,7 +146,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         writeln!(out)?;
         return Ok(());
     }
-    let threads = args.cpu.threads();
+    let threads = args.compute.threads();
     writeln!(out, "{device}, {threads} threads, {}\n\n{}", isa(how), table(&rows))?;
     if let Some(path) = &args.plot {
         writeln!(out, "\npicture: {}", path.display())?;
@@ -150,7 +160,7 @@ fn isa(how: Options) -> Isa {
 
 /// Checks and times one cell.
 fn time<T: Element>(args: &BenchArgs, how: Options, cell: &Cell, device: &str) -> Result<Row> {
-    let (p, pass, threads) = (&cell.problem, cell.pass, args.cpu.threads());
+    let (p, pass, threads) = (&cell.problem, cell.pass, args.compute.threads());
     let mut plan = Plan::new(p, how)?;
     ensure!(p.lse_len() * p.seqlen_k > 0, "there is nothing to time: a size is 0");
     let given = Given::<T>::random(p, args.layout, 1);
@@ -160,7 +170,7 @@ fn time<T: Element>(args: &BenchArgs, how: Options, cell: &Cell, device: &str) -
     }
     let mut call = |results: &mut Results<T>| measure(|| results.run(p, &given, pass, &mut plan));
     let (_, first) = call(&mut results)?;
-    let error = verify::verify(p, &given, &results, pass)?;
+    let error = verify::verify(cell, &given, &results)?;
 
     let ceiling = || match (args.ceiling, cell.decode_bytes()) {
         (_, Some(bytes)) => probe::read(threads, bytes),
@@ -189,7 +199,7 @@ fn time<T: Element>(args: &BenchArgs, how: Options, cell: &Cell, device: &str) -
         peer: "ours",
         pass,
         dtype: p.dtype,
-        causal: cell.causal(),
+        causal: cell.causal,
         batch: p.batch,
         heads: p.heads_q,
         kv_heads: p.heads_kv,
@@ -251,29 +261,40 @@ fn table(rows: &[Row]) -> Table {
     table
 }
 
-fn picture(rows: &[Row], device: &str) -> Result<String> {
+/// A place in the picture.
+struct Point {
+    dtype: DType,
+    pass: Pass,
+    head_dim: usize,
+    causal: bool,
+    seqlen: usize,
+    rate: f64,
+}
+
+impl Point {
+    fn new(r: &Row) -> Point {
+        let (dtype, pass, head_dim, causal, seqlen) = (r.dtype, r.pass, r.head_dim, r.causal, r.seqlen);
+        Point { dtype, pass, head_dim, causal, seqlen, rate: r.rate }
+    }
+}
+
+fn picture(points: &[Point], device: &str, unit: &str) -> Result<String> {
     let mut series: Vec<Series> = Vec::new();
     let mut colours: Vec<(DType, Pass, usize)> = Vec::new();
-    for r in rows.iter().filter(|r| r.seqlen_q > 1 || r.seqlen == 1) {
-        let key = (r.dtype, r.pass, r.head_dim);
+    for p in points {
+        let key = (p.dtype, p.pass, p.head_dim);
         let colour = colours.iter().position(|k| *k == key).unwrap_or_else(|| {
             colours.push(key);
             colours.len() - 1
         });
-        let mask = if r.causal { ", causal" } else { "" };
-        let label = format!("{} {}, d {}{mask}", r.dtype, r.pass, r.head_dim);
-        let point = (r.seqlen, r.rate);
+        let mask = if p.causal { ", causal" } else { "" };
+        let label = format!("{} {}, d {}{mask}", p.dtype, p.pass, p.head_dim);
+        let point = (p.seqlen, p.rate);
         match series.iter_mut().find(|s| s.label == label) {
             Some(s) => s.points.push(point),
-            None => series.push(Series { label, colour, faint: r.causal, points: vec![point] }),
+            None => series.push(Series { label, colour, faint: p.causal, points: vec![point] }),
         }
     }
     let y_label = |y: f64| format!("{y:.0}");
-    plot::svg(&[Panel {
-        title: device.to_owned(),
-        y_name: "GFLOP/s".to_owned(),
-        y_label,
-        full: true,
-        series,
-    }])
+    plot::svg(&[Panel { title: device.to_owned(), y_name: unit.to_owned(), y_label, full: true, series }])
 }

@@ -4,5 +4,7 @@
 #[cfg(feature = "ndarray")]
 mod arrays;
 mod common;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod oracle;
 mod refuse;

@@ -1,8 +1,8 @@
 //! A consumer warpgroup: 64 rows of queries.
 
-use std::f32::consts::{LN_2, LOG2_E};
+use std::f32::consts::LOG2_E;
 
-use ptx::build::{Builder, Half, Reg};
+use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::{Accumulator, Element, WgmmaShape};
 use ptx::{B32, Fragment, PipelineState, WgmmaA};
 
@@ -16,10 +16,19 @@ use crate::kernels::program::Place;
 /// seen), and this thread's share of the row sum.
 pub(super) struct OnlineSoftmax<'k> {
     pub reference: [Reg<'k, f32>; 2],
-    row_sum: [Reg<'k, f32>; 2],
+    pub row_sum: [Reg<'k, f32>; 2],
+    /// Whether the next block's row maxima are looked at.
+    look: Reg<'k, bool>,
     /// Whether a row of the warp has a new reference, and by what O is to be multiplied then.
     moved: Reg<'k, bool>,
     factor: [Reg<'k, f32>; 2],
+}
+
+/// A tile whose scores are all in P, and the statistics of its rows: the next tile takes their registers before O is written.
+pub(super) struct Finished<'k> {
+    pub tile: WorkTile<'k>,
+    pub reference: [Reg<'k, f32>; 2],
+    pub row_sum: [Reg<'k, f32>; 2],
 }
 
 /// A consumer warpgroup: its place and its operands.
@@ -27,8 +36,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub(super) k: &'k Builder,
     pub(super) config: &'a FwdConfig,
     pub(super) params: &'a Params<'k>,
-    work: &'a Work<'a, 'k>,
-    shared: &'a Shared<'k>,
+    pub(super) work: &'a Work<'a, 'k>,
+    pub(super) shared: &'a Shared<'k>,
     /// What scores are multiplied by before `ex2`.
     pub(super) scale: Reg<'k, f32>,
     pub(super) lane: Reg<'k, u32>,
@@ -40,12 +49,16 @@ pub(super) struct Consumer<'a, 'k, H> {
     /// The block at hand, and whether some row sees a part of it only.
     n_block: Reg<'k, u32>,
     partial: Reg<'k, bool>,
+    /// Blocks of the tile, from the right, that none of this warpgroup's rows see, where there may be such.
+    hidden: Option<Reg<'k, u32>>,
     /// Q, by k step; empty if Q stays in shared memory.
     q: Vec<[Reg<'k, H>; 4]>,
     pub(super) o: Fragment<'k>,
     s: Fragment<'k>,
     p: Vec<[Reg<'k, H>; 4]>,
     pub(super) softmax: OnlineSoftmax<'k>,
+    /// Zero as long as all that was written is finite, NaN from then on.
+    broken: Reg<'k, f32>,
 }
 
 impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
@@ -66,6 +79,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             column: Fragment::column(k),
             n_block: k.reg(),
             partial: k.reg(),
+            hidden: config.hides_blocks().then(|| k.var(0u32)),
             q: fragments(if config.q_in_registers { config.head_dim.div_ceil(16) } else { 0 }),
             o: Fragment::new(k, config.head_dim_v.next_multiple_of(16)),
             s: Fragment::new(k, config.tile_n),
@@ -73,97 +87,150 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             softmax: OnlineSoftmax {
                 reference: [k.reg(), k.reg()],
                 row_sum: [k.reg(), k.reg()],
+                look: k.reg(),
                 moved: k.reg(),
                 factor: [k.reg(), k.reg()],
             },
+            broken: k.var(0.0),
         }
     }
 
-    /// The algorithm.
+    /// The algorithm, as one stream of blocks: a tile's first scores are computed beside the last values of the tile
+    /// before, so that the tensor cores do not wait where tiles meet.
     pub fn run(&self) {
         let (k, config, shared) = (self.k, self.config, self.shared);
         let (q_state, k_state, v_state) =
             (shared.q_pipeline.start(k), shared.k_pipeline.start(k), shared.v_pipeline.start(k));
         // The last warpgroup lets the first begin.
         k.if_(self.group.eq(config.consumers - 1), || self.pass_turn());
-        k.loop_(|| {
-            shared.q_pipeline.consumer_wait(k, q_state);
-            let tile = self.work.told(shared);
-            k.break_if(tile.exists.eq(0));
-            let blocks = tile.blocks;
-            if config.q_in_registers {
-                k.if_(blocks.ne(0), || self.take_q());
-                shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
-            }
-            self.reset(&tile);
-            let left = k.var(blocks);
-            k.if_(blocks.ne(0), || {
+        let (tile, left) = (self.work.unset(), k.reg::<u32>());
+        let pair = || [k.reg(), k.reg()];
+        let done = Finished { tile: self.work.unset(), reference: pair(), row_sum: pair() };
+        self.next_tile(&tile, [q_state, k_state], left);
+        k.if_(tile.exists.ne(0), || {
+            self.pass_over_values(v_state);
+            self.clear();
+            shared.k_pipeline.consumer_wait(k, k_state);
+            self.next_block(&tile, k_state);
+            k.wgmma_fence();
+            self.scores(q_state, k_state);
+            k.wgmma_commit();
+            k.wgmma_wait(0);
+            shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+            k_state.advance();
+            self.modify_and_mask(&tile);
+            self.exponentiate();
+            self.probabilities(&tile);
+            let switch = k.reg::<bool>();
+            k.loop_(|| {
+                left.set(left - 1);
+                switch.set(left.eq(0));
+                k.if_(switch, || {
+                    self.work.set(&done.tile, &tile);
+                    for half in 0..2 {
+                        done.reference[half].set(self.softmax.reference[half]);
+                        done.row_sum[half].set(self.softmax.row_sum[half]);
+                    }
+                    if !config.q_in_registers {
+                        shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
+                    }
+                    q_state.advance();
+                    self.next_tile(&tile, [q_state, k_state], left);
+                });
+                k.break_if(tile.exists.eq(0));
                 shared.k_pipeline.consumer_wait(k, k_state);
                 self.next_block(&tile, k_state);
+                self.wait_turn();
                 k.wgmma_fence();
-                self.scores(k_state);
+                self.scores(q_state, k_state);
                 k.wgmma_commit();
-                k.wgmma_wait(0);
+                shared.v_pipeline.consumer_wait(k, v_state);
+                // Without this second fence ptxas serialises (C7519).
+                k.wgmma_fence();
+                self.values(v_state);
+                k.wgmma_commit();
+                self.pass_turn();
+                k.wgmma_wait(1);
                 shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
                 k_state.advance();
                 self.modify_and_mask(&tile);
                 self.exponentiate();
-                self.probabilities(&tile);
-                k.loop_(|| {
-                    left.set(left - 1);
-                    k.break_if(left.eq(0));
-                    shared.k_pipeline.consumer_wait(k, k_state);
-                    self.next_block(&tile, k_state);
-                    self.wait_turn();
-                    k.wgmma_fence();
-                    self.scores(k_state);
-                    k.wgmma_commit();
-                    shared.v_pipeline.consumer_wait(k, v_state);
-                    // Without this second fence ptxas serialises (C7519).
-                    k.wgmma_fence();
-                    self.values(v_state);
-                    k.wgmma_commit();
-                    self.pass_turn();
-                    k.wgmma_wait(1);
-                    shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
-                    k_state.advance();
-                    self.modify_and_mask(&tile);
-                    self.exponentiate();
-                    k.wgmma_wait(0);
-                    shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                    v_state.advance();
-                    self.probabilities(&tile);
-                    self.rescale();
-                });
-                shared.v_pipeline.consumer_wait(k, v_state);
-                k.wgmma_fence();
-                self.values(v_state);
-                k.wgmma_commit();
                 k.wgmma_wait(0);
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
                 v_state.advance();
+                self.probabilities(&tile);
+                k.if_else(
+                    switch,
+                    || {
+                        self.pass_over_values(v_state);
+                        self.write(&done);
+                        self.clear();
+                    },
+                    || self.rescale(),
+                );
             });
-            if !config.q_in_registers {
-                shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
-            }
-            q_state.advance();
-            self.write(&tile);
+            shared.v_pipeline.consumer_wait(k, v_state);
+            k.wgmma_fence();
+            self.values(v_state);
+            k.wgmma_commit();
+            k.wgmma_wait(0);
+            self.write(&done);
+            k.if_(self.broken.ne(0.0).any(), || self.repair(done.tile.number));
         });
     }
 
-    /// Nothing seen yet.
-    fn reset(&self, tile: &WorkTile<'k>) {
-        for r in self.softmax.row_sum {
-            r.set(0.0);
+    /// Waits for the next tile, or for the end; takes its Q, if that goes to registers.
+    fn next_tile(&self, tile: &WorkTile<'k>, [q_state, k_state]: [PipelineState<'k>; 2], left: Reg<'k, u32>) {
+        let (k, shared) = (self.k, self.shared);
+        shared.q_pipeline.consumer_wait(k, q_state);
+        self.work.set(tile, &self.work.told(shared, q_state));
+        k.if_(tile.exists.ne(0), || {
+            if self.config.q_in_registers {
+                self.take_q();
+                shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
+            }
+            for r in self.softmax.row_sum {
+                r.set(0.0);
+            }
+            for r in self.softmax.reference {
+                r.set(f32::NEG_INFINITY);
+            }
+            self.softmax.look.set(true);
+            if let Blocks::Band(band) = tile.blocks_at {
+                self.n_block.set(band.n_block_max);
+            }
+            left.set(tile.blocks);
+            if let (Some(hidden), Blocks::Band(band)) = (self.hidden, tile.blocks_at) {
+                let row = tile.m_block * self.config.tile_m() + self.group * 64;
+                hidden.set(self.work.hidden(tile, &band, row, 64));
+                left.set(left - hidden);
+                self.n_block.set(self.n_block - hidden);
+                k.for_(0u32, hidden, 1u32, |_| {
+                    shared.k_pipeline.consumer_wait(k, k_state);
+                    shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+                    k_state.advance();
+                    self.wait_turn();
+                    self.pass_turn();
+                });
+            }
+        });
+    }
+
+    /// Leaves out V of the blocks that none of this warpgroup's rows see.
+    fn pass_over_values(&self, v_state: PipelineState<'k>) {
+        let (k, shared) = (self.k, self.shared);
+        if let Some(hidden) = self.hidden {
+            k.for_(0u32, hidden, 1u32, |_| {
+                shared.v_pipeline.consumer_wait(k, v_state);
+                shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                v_state.advance();
+            });
         }
-        for r in self.softmax.reference {
-            r.set(f32::NEG_INFINITY);
-        }
+    }
+
+    fn clear(&self) {
         for &r in &self.o.registers {
             r.set(0.0);
-        }
-        if let Blocks::Band(band) = tile.blocks_at {
-            self.n_block.set(band.n_block_max);
         }
     }
 
@@ -232,10 +299,15 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Issues S = Q·Kᵀ.
-    fn scores(&self, stage: PipelineState<'k>) {
+    fn scores(&self, q_stage: PipelineState<'k>, stage: PipelineState<'k>) {
         let (k, config) = (self.k, self.config);
         let keys = config.k().k_major(self.shared.k + stage.index * config.k().bytes());
-        let queries = config.q().k_major(self.shared.q + self.group * (64 * 128));
+        let q = if config.q_stages() > 1 {
+            self.shared.q + q_stage.index * config.q().bytes()
+        } else {
+            self.shared.q
+        };
+        let queries = config.q().k_major(q + self.group * (64 * 128));
         let shape = self.shape(config.tile_n, false);
         for step in 0..config.head_dim.div_ceil(16) {
             let (b, accumulate) = (keys.step(step), step != 0);
@@ -317,24 +389,32 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         });
     }
 
-    /// S to exp2(scale·S − reference), with the sums of its rows; a new reference where a row's maximum needs it.
+    /// S to exp2(scale·S − reference), with the sums of its rows.
+    ///
+    /// Any reference gives the exact result, as the division by the row sum takes it out again, as long as nothing
+    /// overflows. bf16 reaches as far as f32: the first maximum is kept until a sum passes 2²⁴, and rows in which a single
+    /// block jumps beyond that by more than 2¹⁰³ end with a sum or an O that is not finite, and are repaired. P in f16
+    /// reaches to 2¹⁶ only: each block's maxima are looked at, and a growth of 2⁸ is let pass.
     fn exponentiate(&self) {
-        const GROWTH: f32 = 8.0;
         let (k, scale) = (self.k, self.scale);
-        let OnlineSoftmax { reference, row_sum, moved, factor } = &self.softmax;
-        let row_max = self.s.reduce_rows(|a, b| a.max(b)).map(|most| most * scale);
-        let grown = [0, 1].map(|half| row_max[half].gt(reference[half] + GROWTH));
-        moved.set((grown[0] | grown[1]).any());
-        k.if_(*moved, || {
-            for half in 0..2 {
-                let new = reference[half].max(row_max[half]);
-                // Of a row that has seen nothing yet there is nothing to rescale (and −∞ − −∞ is no number).
-                let nothing = new.eq(f32::NEG_INFINITY);
-                factor[half].set(nothing.select(1.0, (reference[half] - new).exp2()));
-                reference[half].set(new);
-                row_sum[half].set(row_sum[half] * factor[half]);
-            }
-        });
+        let OnlineSoftmax { reference, row_sum, look, moved, .. } = &self.softmax;
+        let keeps = H::ELEMENT == Element::BF16;
+        if keeps {
+            moved.set(*look);
+            k.if_(*look, || {
+                // Any score that the row sees is as good a reference as the largest, within what may be exceeded.
+                let some = (self.s.registers.len() / 16).max(1);
+                let row_max = [k.reg(), k.reg()];
+                let set = |found: [Reg<'k, f32>; 2]| (0..2).for_each(|half| row_max[half].set(found[half]));
+                k.if_else(self.partial, || set(self.row_max(1)), || set(self.row_max(some)));
+                self.refer_to(row_max);
+            });
+        } else {
+            let row_max = self.row_max(1);
+            let grown = [0, 1].map(|half| row_max[half].gt(reference[half] + 8.0));
+            moved.set((grown[0] | grown[1]).any());
+            k.if_(*moved, || self.refer_to(row_max));
+        }
         let base = [0, 1].map(|half| {
             let nothing = reference[half].eq(f32::NEG_INFINITY);
             nothing.select(0.0, -reference[half])
@@ -343,6 +423,39 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             let half = Fragment::half(i);
             s.set(s.fma(scale, base[half]).exp2());
             row_sum[half].set(row_sum[half] + s);
+        }
+        if keeps {
+            look.set(false);
+            let [a, b] = [0, 1].map(|half| {
+                row_sum[half].gt(f32::from_bits(0x4b80_0000)) | reference[half].eq(f32::NEG_INFINITY)
+            });
+            // A branch, so that ptxas leaves the exponentials before the wait for O += P·V.
+            k.if_((a | b).any(), || {
+                k.sync_warp();
+                look.set(true);
+            });
+        }
+    }
+
+    /// The largest of every `step`th pair of scores of the block in the thread's rows, in base 2.
+    fn row_max(&self, step: usize) -> [Reg<'k, f32>; 2] {
+        let some = self.s.registers.chunks(4).step_by(step).flatten().copied().collect();
+        Fragment { registers: some }.reduce_rows(|a, b| a.max(b)).map(|most| most * self.scale)
+    }
+
+    /// Exponents from here on are taken against these maxima, or against where the rows' sums have come to.
+    fn refer_to(&self, row_max: [Reg<'k, f32>; 2]) {
+        let OnlineSoftmax { reference, row_sum, factor, .. } = &self.softmax;
+        for half in 0..2 {
+            let share = row_sum[half].max(1.0);
+            let pair = share.max(share.shfl_bfly(1));
+            let level = reference[half] + pair.max(pair.shfl_bfly(2)).log2();
+            let new = level.max(row_max[half]);
+            // Of a row that has seen nothing yet there is nothing to rescale (and −∞ − −∞ is no number).
+            let nothing = new.eq(f32::NEG_INFINITY);
+            factor[half].set(nothing.select(1.0, (reference[half] - new).exp2()));
+            reference[half].set(new);
+            row_sum[half].set(row_sum[half] * factor[half]);
         }
     }
 
@@ -368,64 +481,76 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// O / l and lse of the rows that exist.
-    fn write(&self, tile: &WorkTile<'k>) {
-        let (k, config, params) = (self.k, self.config, self.params);
-        let batch = if config.varlen { k.var(0u32) } else { tile.batch };
-        let [by_batch, by_row, by_head] = params.o_strides;
-        let wide = |r: Reg<'k, u32>| r.to_u64();
-        let o = wide(batch) * by_batch + wide(tile.head) * by_head + wide(self.column);
-        let lse = wide(batch) * params.lse_strides[0] + wide(tile.head) * params.lse_strides[1];
-        let sink = params.sinks.map(|sinks| tile.head.mad_wide(4, sinks).address().load::<f32>() * LOG2_E);
-        let ends = [0, 1].map(|half| {
+    fn write(&self, done: &Finished<'k>) {
+        let (k, config, params, tile) = (self.k, self.config, self.params, &done.tile);
+        let [o, lse] = self.work.outputs(tile);
+        let sink = self.work.sink(tile);
+        for half in 0..2 {
             let row = tile.m_block * config.tile_m() + self.row + 8 * half as u32;
-            let share = self.softmax.row_sum[half];
+            let share = done.row_sum[half];
             let pair = share + share.shfl_bfly(1);
-            let (mut sum, mut reference) = (pair + pair.shfl_bfly(2), self.softmax.reference[half]);
-            let (seen, mut factor) = (sum, None);
-            if let Some(sink) = sink {
-                // The sink is one more key without a value.
-                let most = reference.max(sink);
-                let base = most.eq(f32::NEG_INFINITY).select(0.0, most);
-                let old = (reference - base).exp2();
-                sum = sum.fma(old, (sink - base).exp2());
-                reference = most;
-                factor = Some(old);
-            }
-            let nothing = sum.eq(0.0);
-            let mut inverse = nothing.select(0.0, sum.rcp());
-            for scale in
-                [factor, params.dropout.as_ref().map(|dropout| dropout.keep_scale)].into_iter().flatten()
-            {
-                inverse = inverse * scale;
-            }
-            let value = nothing.select(f32::NEG_INFINITY, (reference + sum.log2()) * LN_2);
-            k.if_(row.lt(tile.seqlen_q), || {
-                let row = wide(row + tile.q_row);
-                let at = ((lse + row) * 4 + params.lse).address();
-                // The four threads of a row hold the same; the one with column 0 writes.
-                k.when(self.column.eq(0), || at.store(value));
-                let at = ((o + row * by_row) * 2 + params.o).address();
-                for i in (0..self.o.registers.len()).filter(|&i| i % 2 == 0 && Fragment::half(i) == half) {
-                    let offset = Fragment::column_offset(i);
-                    let [low, high] = [0, 1].map(|next| self.o.registers[i + next] * inverse);
-                    let pair = k.pack::<H>(low, high);
-                    let at = at.at(2 * offset as i32);
-                    let left = config.head_dim_v.saturating_sub(offset);
-                    if left >= 8 {
-                        at.store(pair);
-                        continue;
-                    }
-                    // The last columns; of an odd number the last alone.
-                    k.when((self.column + 1).lt(left), || at.store(pair));
-                    if left % 2 == 1 {
-                        k.when(self.column.eq(left - 1), || at.store(half_bits::<H>(low)));
+            // Made infinite from 2¹²⁰ on, where its reciprocal is no normal number soon.
+            let sum = (pair + pair.shfl_bfly(2)) * 256.0 * (1.0 / 256.0);
+            let end = RowEnd::new(params, done.reference[half], sum, sink);
+            self.broken.set(sum.fma(0.0, self.broken));
+            let registers: Vec<_> = self.o.registers.iter().enumerate().collect();
+            let registers =
+                registers.into_iter().filter(|&(i, _)| Fragment::half(i) == half).map(|(_, &o)| {
+                    self.broken.set(o.fma(0.0, self.broken));
+                    o * end.inverse
+                });
+            let registers: Vec<_> = registers.collect();
+            let exists = row.lt(tile.seqlen_q);
+            // The four threads of a row hold the same; the one with column 0 writes.
+            k.when(self.column.eq(0) & exists, || (lse + row.to_u64() * 4).address().store(end.lse));
+            let at = (o + row.to_u64() * params.o_strides[1] * 2).address();
+            let chunk = if config.wide_stores { 4 } else { 2 };
+            for (i, columns) in registers.chunks(chunk).enumerate() {
+                let first = 4 * chunk as u32 * i as u32;
+                if config.wide_stores && first + 16 <= config.head_dim_v {
+                    self.store_wide(at.at(2 * first as i32), columns, exists);
+                } else {
+                    for (j, pair) in columns.chunks(2).enumerate() {
+                        self.store_narrow(at, first + 8 * j as u32, [pair[0], pair[1]], exists);
                     }
                 }
-            });
-            RowEnd { seen, inverse }
-        });
-        if config.repair {
-            self.repair(tile, ends);
+            }
+        }
+    }
+
+    /// Two columns of each of two times eight, in four threads: neighbours exchange two of theirs, so that each has four columns in
+    /// a row and the store fills whole sectors.
+    fn store_wide(&self, at: Address<'k, u64>, columns: &[Reg<'k, f32>], exists: Reg<'k, bool>) {
+        let k = self.k;
+        let [first, second] = [0, 2].map(|i| k.pack::<H>(columns[i], columns[i + 1]).bits::<B32>());
+        let odd = (self.lane & 1).ne(0);
+        let got = odd.select(first, second).shfl_bfly(1);
+        let (low, high) = (odd.select(got, first), odd.select(second, got));
+        // Even threads have columns of the first eight, odd ones of the second.
+        let column = ((self.lane & 1) << 3) + ((self.lane & 2) << 1);
+        let at = (at.reg() + (column << 1).to_u64()).address();
+        k.when(exists, || at.store_vec([low, high]));
+    }
+
+    /// The thread's two of the eight columns from `first` on.
+    fn store_narrow(
+        &self,
+        at: Address<'k, u64>,
+        first: u32,
+        columns: [Reg<'k, f32>; 2],
+        exists: Reg<'k, bool>,
+    ) {
+        let (k, pair) = (self.k, self.k.pack::<H>(columns[0], columns[1]));
+        let at = (at.reg() + (self.column << 1).to_u64()).address().at(2 * first as i32);
+        let left = self.config.head_dim_v.saturating_sub(first);
+        if left >= 8 {
+            k.when(exists, || at.store(pair));
+            return;
+        }
+        // The last columns; of an odd number the last alone.
+        k.when((self.column + 1).lt(left) & exists, || at.store(pair));
+        if left % 2 == 1 {
+            k.when(self.column.eq(left - 1) & exists, || at.store(half_bits::<H>(columns[0])));
         }
     }
 }

@@ -86,10 +86,12 @@ pub struct FwdConfig {
     pub sinks: bool,
     /// Whether sequences are packed.
     pub varlen: bool,
-    /// Whether rows of O that are not finite are computed again from what they see alone. Needed where a product may meet
-    /// keys that a row does not see: with any mask, and with packed sequences.
-    pub repair: bool,
+    /// Whether O is stored four columns at once: its rows, heads and sequences begin at multiples of 8 bytes.
+    pub wide_stores: bool,
 }
+
+/// Shared memory of a block, less what barriers and numbers take.
+const SHARED_BYTES: u32 = 226 << 10;
 
 /// Byte strides of a tensor's seqlen, heads and batch dimensions.
 pub type Stride = [u64; 3];
@@ -98,6 +100,18 @@ impl FwdConfig {
     /// Rows of a work tile.
     pub const fn tile_m(&self) -> u32 {
         64 * self.consumers
+    }
+
+    /// Stages of Q: in registers it leaves its memory at once; otherwise the next tile's Q arrives in a second place, if
+    /// there is room for one.
+    pub(super) fn q_stages(&self) -> u32 {
+        let kv = self.stages * (self.k().bytes() + self.v().bytes());
+        if self.q_in_registers || kv + 2 * self.q().bytes() > SHARED_BYTES { 1 } else { 2 }
+    }
+
+    /// Whether some warpgroups of a tile see fewer blocks than others, on the right, so that leaving these out is worth it.
+    pub(super) fn hides_blocks(&self) -> bool {
+        matches!(self.mask, MaskKind::Band { right: true, .. }) && self.consumers > 1 && self.tile_n <= 64
     }
 
     pub(super) fn q(&self) -> TileLayout {
@@ -151,7 +165,7 @@ struct Params<'k> {
     /// Output, and lse in f32.
     pub o: Reg<'k, u64>,
     pub lse: Reg<'k, u64>,
-    /// One u32, zero before the launch and after it.
+    /// One u32, zero before the launch and after it; then one for each tile.
     pub counter: Reg<'k, u64>,
     /// Of batch, row and head of o, and of batch and head of lse, in elements.
     pub o_strides: [Reg<'k, u64>; 3],
@@ -179,7 +193,7 @@ struct Params<'k> {
     /// cu_seqlens of q and k (i32).
     pub cu_seqlens: Option<[Reg<'k, u64>; 2]>,
     /// q, k and v, to repair from: of each the address and the strides of batch, row and head, in elements.
-    pub inputs: Option<[GlobalTensor<'k>; 3]>,
+    pub inputs: [GlobalTensor<'k>; 3],
 }
 
 /// What dropout needs.
@@ -218,11 +232,9 @@ impl<'k> Params<'k> {
         let sinks = config.sinks.then(|| k.param_ptr("sinks"));
         let cu_seqlens =
             config.varlen.then(|| ["cu_seqlens_q", "cu_seqlens_k"].map(|name| k.param_ptr(name)));
-        let inputs = config.repair.then(|| {
-            ["q", "k", "v"].map(|name| GlobalTensor {
-                data: k.param_ptr(&format!("{name}_data")),
-                strides: ["batch", "row", "head"].map(|dim| k.param_ptr(&format!("{name}_{dim}"))),
-            })
+        let inputs = ["q", "k", "v"].map(|name| GlobalTensor {
+            data: k.param_ptr(&format!("{name}_data")),
+            strides: ["batch", "row", "head"].map(|dim| k.param_ptr(&format!("{name}_{dim}"))),
         });
         Params {
             maps,
@@ -286,12 +298,12 @@ fn emit<H: Half>(config: &FwdConfig) -> Kernel {
         let params = Params::new(k, config);
         let (align, warps) = (TileLayout::ALIGN, 4 * config.consumers);
         let shared = Shared {
-            q: k.shared("q", config.q().bytes(), align),
+            q: k.shared("q", config.q().bytes() * config.q_stages(), align),
             k: k.shared("k", config.k().bytes() * config.stages, align),
             v: k.shared("v", config.v().bytes() * config.stages, align),
-            tile: k.shared("tile", 48, 16),
+            tile: k.shared("tile", work::TOLD_BYTES * config.q_stages(), 16),
             block: k.shared("block", 4 * config.stages, 16),
-            q_pipeline: Pipeline::new(k, "q", 1, warps + 1, 1),
+            q_pipeline: Pipeline::new(k, "q", config.q_stages(), warps + 1, 1),
             k_pipeline: Pipeline::new(k, "k", config.stages, warps, 1),
             v_pipeline: Pipeline::new(k, "v", config.stages, warps, 1),
         };
@@ -312,6 +324,7 @@ fn emit<H: Half>(config: &FwdConfig) -> Kernel {
                 let one = k.lane().eq(0);
                 k.if_(warp.eq(0) & one, || work.load_q_and_k(&shared));
                 k.if_(warp.eq(1) & one, || work.load_v(&shared));
+                k.if_(warp.eq(2), || work.write_nothing());
             },
             || {
                 k.raise_registers(many);

@@ -14,11 +14,11 @@
 //!
 //! The row maximum and sum are right in any case: scores of hidden keys are replaced, not multiplied.
 
-use std::f32::consts::LOG2_E;
+use std::f32::consts::{LN_2, LOG2_E};
 
-use ptx::Fragment;
 use ptx::build::{Address, Half, Reg};
 
+use super::Params;
 use super::consumer::{Consumer, half_bits};
 use super::work::WorkTile;
 use crate::kernels::philox::philox4x32;
@@ -42,88 +42,150 @@ impl<'k> GlobalTensor<'k> {
     }
 }
 
-/// What a row of a thread ended with: its sum (0: nothing seen), and what O is multiplied by at the end.
+/// What a row ended with.
 #[derive(Clone, Copy)]
 pub(super) struct RowEnd<'k> {
-    pub seen: Reg<'k, f32>,
+    reference: Reg<'k, f32>,
+    /// What O is multiplied by.
     pub inverse: Reg<'k, f32>,
+    pub lse: Reg<'k, f32>,
+}
+
+impl<'k> RowEnd<'k> {
+    /// Of a row with this reference and sum, both in base 2; and with its head's sink.
+    pub fn new(
+        params: &Params<'k>,
+        reference: Reg<'k, f32>,
+        sum: Reg<'k, f32>,
+        sink: Option<Reg<'k, f32>>,
+    ) -> Self {
+        let (mut all, mut base, mut factor) = (sum, reference, None);
+        if let Some(sink) = sink {
+            // The sink is one more key without a value.
+            let most = reference.max(sink);
+            let zero = most.eq(f32::NEG_INFINITY).select(0.0, most);
+            let old = (reference - zero).exp2();
+            all = sum.fma(old, (sink - zero).exp2());
+            (base, factor) = (most, Some(old));
+        }
+        let nothing = all.eq(0.0);
+        let mut inverse = nothing.select(0.0, all.rcp());
+        for scale in [factor, params.dropout.as_ref().map(|dropout| dropout.keep_scale)].into_iter().flatten()
+        {
+            inverse = inverse * scale;
+        }
+        let lse = nothing.select(f32::NEG_INFINITY, (base + all.log2()) * LN_2);
+        RowEnd { reference, inverse, lse }
+    }
 }
 
 /// A row of a warp, the same in all its lanes.
 struct Row<'k> {
     /// Index in its sequence.
     index: Reg<'k, u32>,
-    reference: Reg<'k, f32>,
-    inverse: Reg<'k, f32>,
-    /// Keys to look at.
-    keys: Reg<'k, u32>,
+    /// The lane's columns of q.
+    q: Vec<Reg<'k, f32>>,
 }
 
 impl<'k, H: Half> Consumer<'_, 'k, H> {
-    /// Computes the warp's broken rows again, after they were written.
-    pub fn repair(&self, tile: &WorkTile<'k>, ends: [RowEnd<'k>; 2]) {
-        let (k, config) = (self.k, self.config);
-        let broken = [0, 1].map(|half| {
-            let sum = k.var(0.0f32);
-            for (_, &o) in self.o.registers.iter().enumerate().filter(|&(i, _)| Fragment::half(i) == half) {
-                sum.set(o.fma(0.0, sum));
-            }
-            sum.ne(0.0)
-        });
-        k.if_((broken[0] | broken[1]).any(), || {
-            // What other lanes have written is read.
-            k.sync_warp();
-            let broken = broken.map(|broken| broken.ballot().bits::<u32>());
-            let (seen, inverse) = (ends.map(|end| end.seen), ends.map(|end| end.inverse));
-            let first = tile.m_block * config.tile_m() + (k.warp() - 4) * 16;
-            k.for_(0u32, 16u32, 1u32, |i| {
-                // Row i is in four lanes, as one of their two rows.
-                let (upper, owner) = (i.ge(8), (i & 7) << 2);
-                let index = first + i;
-                let any = (upper.select(broken[1], broken[0]) >> owner) & 15;
-                k.if_(any.ne(0) & index.lt(tile.seqlen_q), || {
-                    let float = |of: [Reg<'k, f32>; 2]| upper.select(of[1], of[0]).shfl_idx(owner);
-                    let keys = float(seen).eq(0.0).select(0u32, tile.seqlen_k);
-                    let (reference, inverse) = (float(self.softmax.reference), float(inverse));
-                    self.repair_row(tile, &Row { index, reference, inverse, keys });
-                });
-            });
+    /// Computes broken rows of the warp again, in all tiles that its block has had.
+    pub fn repair(&self, last: Reg<'k, u32>) {
+        let k = self.k;
+        // What other lanes have written is read.
+        k.sync_warp();
+        let next = k.var(last + 1);
+        k.loop_(|| {
+            k.break_if(next.eq(0));
+            let tile = self.work.tile(next - 1);
+            let first = tile.m_block * self.config.tile_m() + (k.warp() - 4) * 16;
+            k.for_(first, tile.seqlen_q.min(first + 16), 1u32, |row| self.repair_row(&tile, row));
+            next.set(self.work.before(tile.number).load::<u32>());
         });
     }
 
     /// Each lane takes every 32nd column.
-    fn repair_row(&self, tile: &WorkTile<'k>, row: &Row<'k>) {
+    fn repair_row(&self, tile: &WorkTile<'k>, index: Reg<'k, u32>) {
         let (k, config, params, lane) = (self.k, self.config, self.params, self.lane);
-        let Some([q, keys, values]) = params.inputs else { return };
-        let batch = if config.varlen { k.var(0u32) } else { tile.batch };
-        let head_kv = tile.head / (params.heads_q / params.heads_kv);
-        let q = self.columns(q.at([batch, row.index + tile.q_row, tile.head, lane]), config.head_dim);
-        let q: Vec<_> = q.into_iter().map(|bits| self.float(bits)).collect();
-        let o = GlobalTensor { data: params.o, strides: params.o_strides };
-        let o = o.at([batch, row.index + tile.q_row, tile.head, lane]);
+        let [o, lse] = self.work.outputs(tile);
+        let lse = (lse + index.to_u64() * 4).address();
+        let value = lse.load::<f32>();
+        // Its sum was not finite; −∞ is that of a row without keys.
+        let all = (value * 0.0).ne(0.0) & value.ne(f32::NEG_INFINITY);
+        let o = (o + (index.to_u64() * params.o_strides[1] + lane.to_u64()) * 2).address();
         let exponent = if H::ELEMENT == ptx::instr::Element::F16 { 0x7c00 } else { 0x7f80 };
-        let written = self.columns(o, config.head_dim_v).into_iter();
-        let broken: Vec<_> = written.map(|bits| (bits.to_u32() & exponent).eq(exponent)).collect();
-        let sums: Vec<_> = broken.iter().map(|_| k.var(0.0f32)).collect();
-        let key = k.var(0u32);
-        k.loop_(|| {
-            k.break_if(key.ge(row.keys));
-            k.if_(self.sees(tile, row.index, key), || {
-                let at = [batch, key + tile.kv_row, head_kv, lane];
-                let p = self.probability(tile, row, key, &q, keys.at(at));
-                for (sum, bits) in sums.iter().zip(self.columns(values.at(at), config.head_dim_v)) {
+        let written = self.columns(o, config.head_dim_v).into_iter().enumerate();
+        let broken: Vec<_> = written
+            .map(|(i, bits)| {
+                let inside = lane.lt(config.head_dim_v - 32 * i as u32);
+                ((bits.to_u32() & exponent).eq(exponent) | all) & inside
+            })
+            .collect();
+        let any = broken.iter().copied().reduce(|a, b| a | b).unwrap_or_else(|| k.var(false));
+        k.if_(any.any(), || {
+            let q = params.inputs[0].at([self.work.batch(tile), index + tile.q_row, tile.head, lane]);
+            let q: Vec<_> =
+                self.columns(q, config.head_dim).into_iter().map(|bits| self.float(bits)).collect();
+            let row = Row { index, q };
+            let end = self.sum_row(tile, &row);
+            k.when(lane.eq(0), || lse.store(end.lse));
+            let base = end.reference.eq(f32::NEG_INFINITY).select(0.0, end.reference);
+            let sums: Vec<_> = broken.iter().map(|_| k.var(0.0f32)).collect();
+            let add = |score: Reg<'k, f32>, key, at| {
+                let p = self.kept(tile, &row, key, (score - base).exp2());
+                for (sum, bits) in sums.iter().zip(self.columns(params.inputs[2].at(at), config.head_dim_v)) {
                     sum.set(p.fma(self.float(bits), *sum));
                 }
+            };
+            self.each_key(tile, &row, add, || {
+                // Until each broken column is broken again: then what was seen broke it.
+                let open = sums.iter().zip(&broken).map(|(&sum, &broken)| broken & (sum * 0.0).eq(0.0));
+                let open = open.reduce(|a, b| a | b).unwrap_or_else(|| k.var(false));
+                !open.any()
+            });
+            for (i, (&sum, &broken)) in sums.iter().zip(&broken).enumerate() {
+                // Of keys whose scores are all −∞ nothing is taken.
+                let value = end.inverse.eq(0.0).select(0.0, sum * end.inverse);
+                let bits = half_bits::<H>(value);
+                k.when(broken, || o.at(64 * i as i32).store(bits));
+            }
+        });
+    }
+
+    /// The row's reference, its largest score, and sum by the definition.
+    fn sum_row(&self, tile: &WorkTile<'k>, row: &Row<'k>) -> RowEnd<'k> {
+        let k = self.k;
+        let (most, sum) = (k.var(f32::NEG_INFINITY), k.var(0.0f32));
+        let add = |score: Reg<'k, f32>, _, _| {
+            let new = most.max(score);
+            let base = new.eq(f32::NEG_INFINITY).select(0.0, new);
+            sum.set(sum.fma((most - base).exp2(), (score - base).exp2()));
+            most.set(new);
+        };
+        self.each_key(tile, row, add, || sum.ne(sum).any());
+        RowEnd::new(self.params, most, sum, self.work.sink(tile))
+    }
+
+    /// Runs `body` for each key that the row sees, with its score in base 2 and its place (and that of the lane's first
+    /// column) in k and v, until `done`.
+    fn each_key(
+        &self,
+        tile: &WorkTile<'k>,
+        row: &Row<'k>,
+        body: impl FnOnce(Reg<'k, f32>, Reg<'k, u32>, [Reg<'k, u32>; 4]),
+        done: impl FnOnce() -> Reg<'k, bool>,
+    ) {
+        let (k, params) = (self.k, self.params);
+        let head_kv = tile.head / (params.heads_q / params.heads_kv);
+        let key = k.var(0u32);
+        k.loop_(|| {
+            k.break_if(key.ge(tile.seqlen_k));
+            k.if_(self.sees(tile, row.index, key), || {
+                let at = [self.work.batch(tile), key + tile.kv_row, head_kv, self.lane];
+                body(self.score(tile, row, key, params.inputs[1].at(at)), key, at);
             });
             key.set(key + 1);
-            let open = sums.iter().zip(&broken).map(|(&sum, &broken)| broken & (sum * 0.0).eq(0.0));
-            let open = open.reduce(|a, b| a | b).unwrap_or_else(|| k.var(false));
-            k.break_if(!open.any());
+            k.break_if(done());
         });
-        for (i, (&sum, &broken)) in sums.iter().zip(&broken).enumerate() {
-            let bits = half_bits::<H>(sum * row.inverse);
-            k.when(broken, || o.at(64 * i as i32).store(bits));
-        }
     }
 
     /// Elements 32·i of a row of `dim` from the lane's own on; 0 past the end.
@@ -164,36 +226,37 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         after.into_iter().chain(before).reduce(|a, b| a & b).unwrap_or_else(|| k.var(true))
     }
 
-    /// exp2(score − reference) of a key that the row sees, or 0 if it is dropped.
-    fn probability(
+    /// The score of a key that the row sees, in base 2.
+    fn score(
         &self,
         tile: &WorkTile<'k>,
         row: &Row<'k>,
         key: Reg<'k, u32>,
-        q: &[Reg<'k, f32>],
         at: Address<'k, u64>,
     ) -> Reg<'k, f32> {
         let (k, config, params) = (self.k, self.config, self.params);
         let mut score = k.var(0.0f32);
-        for (&q, bits) in q.iter().zip(self.columns(at, config.head_dim)) {
+        for (&q, bits) in row.q.iter().zip(self.columns(at, config.head_dim)) {
             score = q.fma(self.float(bits), score);
         }
         for bits in [16, 8, 4, 2, 1] {
             score = score + score.shfl_bfly(bits);
         }
-        let place = self.place(tile).place;
         if config.prescaled {
             score = score * (params.scale * if config.score_mod.is_some() { 1.0 } else { LOG2_E });
         }
         if let Some((program, _)) = &config.score_mod {
             let element = Element { row: 0, column: 0, q: row.index.bits(), kv: key.bits() };
-            let mut emitter = ProgramEmitter::new(k, program, &params.score_tables, place);
+            let mut emitter = ProgramEmitter::new(k, program, &params.score_tables, self.place(tile).place);
             score = emitter.float(&element, score) * LOG2_E;
         }
-        let base = row.reference.eq(f32::NEG_INFINITY).select(0.0, -row.reference);
-        let p = score.fma(self.scale, base).exp2();
-        let Some(dropout) = &params.dropout else { return p };
-        let counter = [key >> 2, row.index, place.head.bits(), place.batch.bits()];
+        score * self.scale
+    }
+
+    /// A key's p, or 0 if it is dropped.
+    fn kept(&self, tile: &WorkTile<'k>, row: &Row<'k>, key: Reg<'k, u32>, p: Reg<'k, f32>) -> Reg<'k, f32> {
+        let Some(dropout) = &self.params.dropout else { return p };
+        let counter = [key >> 2, row.index, tile.head, tile.batch];
         let [a, b, c, d] = philox4x32(counter, dropout.seed);
         let odd = (key & 1).ne(0);
         let word = (key & 2).ne(0).select(odd.select(d, c), odd.select(b, a));

@@ -1,13 +1,17 @@
 //! Which tile comes next, which blocks it sees, and the producer that loads them.
 
+use std::f32::consts::LOG2_E;
+
 use ptx::build::{Address, Builder, Reg};
 use ptx::instr::{AtomOp, Order};
 use ptx::{Mbarrier, Pipeline, PipelineState, TileLayout};
 
+use super::repair::RowEnd;
 use super::{FwdConfig, MaskKind, Params, Shared};
 
 /// A tile of work, the same in all threads of a block.
 pub(super) struct WorkTile<'k> {
+    pub number: Reg<'k, u32>,
     /// Whether there is one: past the last tile a number stands for none.
     pub exists: Reg<'k, u32>,
     /// How many blocks of keys it sees.
@@ -53,6 +57,9 @@ pub(super) struct Work<'a, 'k> {
     pub tiles: Reg<'k, u32>,
 }
 
+/// Room in shared memory for what the producer tells of a tile.
+pub(super) const TOLD_BYTES: u32 = 48;
+
 impl<'a, 'k> Work<'a, 'k> {
     pub fn new(k: &'k Builder, config: &'a FwdConfig, params: &'a Params<'k>) -> Self {
         let m_blocks = (params.seqlen_q + (config.tile_m() - 1)) / config.tile_m();
@@ -62,8 +69,10 @@ impl<'a, 'k> Work<'a, 'k> {
 
     /// The tile with this number: groups of heads, so that their K and V stay in L2; within a group the last rows of all
     /// its heads first, as those are the longest under a causal mask.
-    fn tile(&self, number: Reg<'k, u32>) -> WorkTile<'k> {
+    pub fn tile(&self, number: Reg<'k, u32>) -> WorkTile<'k> {
         let (k, params) = (self.k, self.params);
+        // A copy: the caller may go on with the register.
+        let number = k.var(number);
         let exists = number.lt(self.tiles);
         let width = params.head_group * self.m_blocks;
         let (group, inside) = (number / width, number % width);
@@ -91,28 +100,108 @@ impl<'a, 'k> Work<'a, 'k> {
             }
         };
         let exists = exists.select(1u32, 0u32);
-        WorkTile { exists, blocks, m_block, head, batch, seqlen_q, seqlen_k, q_row, kv_row, blocks_at }
+        WorkTile {
+            number,
+            exists,
+            blocks,
+            m_block,
+            head,
+            batch,
+            seqlen_q,
+            seqlen_k,
+            q_row,
+            kv_row,
+            blocks_at,
+        }
+    }
+
+    /// Registers for a tile, to be set.
+    pub fn unset(&self) -> WorkTile<'k> {
+        let r = || self.k.reg();
+        let blocks_at = match self.config.mask {
+            MaskKind::Band { .. } => Blocks::Band(Band { n_block_max: r(), whole_min: r(), whole_max: r() }),
+            MaskKind::Blocks => Blocks::Runs([r(), r()]),
+        };
+        let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
+            [r(), r(), r(), r()]
+        } else {
+            let zero = self.k.var(0u32);
+            [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
+        };
+        let [number, exists, blocks, m_block, head, batch] = [r(), r(), r(), r(), r(), r()];
+        WorkTile {
+            number,
+            exists,
+            blocks,
+            m_block,
+            head,
+            batch,
+            seqlen_q,
+            seqlen_k,
+            q_row,
+            kv_row,
+            blocks_at,
+        }
+    }
+
+    /// Gives a tile another's values.
+    pub fn set(&self, to: &WorkTile<'k>, from: &WorkTile<'k>) {
+        let numbers = |tile: &WorkTile<'k>| {
+            let WorkTile {
+                number,
+                exists,
+                blocks,
+                m_block,
+                head,
+                batch,
+                seqlen_q,
+                seqlen_k,
+                q_row,
+                kv_row,
+                ..
+            } = *tile;
+            let mut numbers = vec![number, exists, blocks, m_block, head, batch];
+            match tile.blocks_at {
+                Blocks::Band(band) => numbers.extend([band.n_block_max, band.whole_min, band.whole_max]),
+                Blocks::Runs(runs) => numbers.extend(runs),
+            }
+            if self.config.varlen {
+                numbers.extend([seqlen_q, seqlen_k, q_row, kv_row]);
+            }
+            numbers
+        };
+        for (register, value) in numbers(to).into_iter().zip(numbers(from)) {
+            register.set(value);
+        }
     }
 
     /// Tells the other warps: the divisions above take hundreds of cycles, which the producer has.
-    fn tell(&self, shared: &Shared<'k>, tile: &WorkTile<'k>) {
+    fn tell(&self, shared: &Shared<'k>, stage: PipelineState<'k>, tile: &WorkTile<'k>) {
+        let to = self.told_at(shared, stage);
         let [a, b, c] = match tile.blocks_at {
             Blocks::Band(band) => [band.n_block_max, band.whole_min, band.whole_max],
             Blocks::Runs([first, end]) => [first, end, end],
         };
-        shared.tile.store_vec([tile.exists, tile.blocks, tile.m_block, tile.head]);
-        shared.tile.at(16).store_vec([tile.batch, a, b, c]);
+        to.store_vec([tile.exists.ne(0).select(tile.number + 1, 0u32), tile.blocks, tile.m_block, tile.head]);
+        to.at(16).store_vec([tile.batch, a, b, c]);
         if self.config.varlen {
-            shared.tile.at(32).store_vec([tile.seqlen_q, tile.seqlen_k, tile.q_row, tile.kv_row]);
+            to.at(32).store_vec([tile.seqlen_q, tile.seqlen_k, tile.q_row, tile.kv_row]);
         }
     }
 
+    fn told_at(&self, shared: &Shared<'k>, stage: PipelineState<'k>) -> Address<'k, u32> {
+        if self.config.q_stages() > 1 { shared.tile + stage.index * TOLD_BYTES } else { shared.tile }
+    }
+
     /// What the producer told.
-    pub fn told(&self, shared: &Shared<'k>) -> WorkTile<'k> {
-        let [exists, blocks, m_block, head] = shared.tile.load_vec::<u32, 4>();
-        let [batch, a, b, c] = shared.tile.at(16).load_vec::<u32, 4>();
+    pub fn told(&self, shared: &Shared<'k>, stage: PipelineState<'k>) -> WorkTile<'k> {
+        let from = self.told_at(shared, stage);
+        // The number, plus 1; 0 if there is no more tile.
+        let [exists, blocks, m_block, head] = from.load_vec::<u32, 4>();
+        let number = exists - 1;
+        let [batch, a, b, c] = from.at(16).load_vec::<u32, 4>();
         let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
-            shared.tile.at(32).load_vec::<u32, 4>()
+            from.at(32).load_vec::<u32, 4>()
         } else {
             let zero = self.k.var(0u32);
             [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
@@ -121,7 +210,19 @@ impl<'a, 'k> Work<'a, 'k> {
             MaskKind::Band { .. } => Blocks::Band(Band { n_block_max: a, whole_min: b, whole_max: c }),
             MaskKind::Blocks => Blocks::Runs([a, b]),
         };
-        WorkTile { exists, blocks, m_block, head, batch, seqlen_q, seqlen_k, q_row, kv_row, blocks_at }
+        WorkTile {
+            number,
+            exists,
+            blocks,
+            m_block,
+            head,
+            batch,
+            seqlen_q,
+            seqlen_k,
+            q_row,
+            kv_row,
+            blocks_at,
+        }
     }
 
     /// Rows `first .. end` of the tile see keys from `diagonal(row) − left` to `diagonal(row) + right`.
@@ -156,6 +257,20 @@ impl<'a, 'k> Work<'a, 'k> {
         (Band { n_block_max, whole_min, whole_max }, blocks)
     }
 
+    /// How many of the tile's blocks, from the right, `rows` of its rows from `row` on do not see; at least one is left.
+    pub fn hidden(&self, tile: &WorkTile<'k>, band: &Band<'k>, row: Reg<'k, u32>, rows: u32) -> Reg<'k, u32> {
+        let end = (row + rows).min(tile.seqlen_q);
+        let seen = (end + tile.seqlen_k - tile.seqlen_q).bits::<i32>();
+        let seen = self.params.band[1].map_or(seen, |right| saturating_add(seen, right));
+        let n_block_max = (seen.max(0).bits::<u32>() + (self.config.tile_n - 1)) / self.config.tile_n;
+        (band.n_block_max - n_block_max.min(band.n_block_max)).min(tile.blocks - 1)
+    }
+
+    /// Where the number of the tile that the block had before this one is kept: plus 1, or 0.
+    pub fn before(&self, number: Reg<'k, u32>) -> Address<'k, u64> {
+        number.mad_wide(4, self.params.counter).address().at(4)
+    }
+
     /// The first producer, one thread: takes tiles, tells the others, and loads Q and K. K and V have a producer each, so
     /// that neither waits for the other's stages: K runs ahead into the next tile while V's last block is in use.
     pub fn load_q_and_k(&self, shared: &Shared<'k>) {
@@ -167,24 +282,28 @@ impl<'a, 'k> Work<'a, 'k> {
         // The counter goes back to zero by itself: each block takes one number too many, and `inc` wraps after the last.
         let limit = self.tiles + (k.nctaid(0) - 1);
         let take = || params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed);
-        let next = k.var(take());
+        let (next, last) = (k.var(take()), k.var(0u32));
         k.loop_(|| {
             let tile = self.tile(next);
             let done = tile.exists.eq(0);
             // Asked for now, so that it is there when this tile has been loaded.
             k.if_(!done, || next.set(take()));
-            let any = !done & tile.blocks.ne(0);
-            shared.q_pipeline.producer_wait(k, q_state);
-            self.tell(shared, &tile);
-            let full = shared.q_pipeline.full(q_state);
-            // A tile without blocks is announced all the same: its rows get their zeros from the consumers.
-            full.arrive_expect_tx(k, any.select(config.q().bytes(), 0u32));
-            k.break_if(done);
-            q_state.advance();
-            k.if_(any, || {
-                let row = tile.q_row + tile.m_block * config.tile_m();
-                self.panels(config.q(), shared.q, params.maps[0], [row, tile.head, self.batch(&tile)], full);
+            // Tiles without blocks are not for the consumers: `write_nothing`.
+            k.if_(done | tile.blocks.ne(0), || {
+                shared.q_pipeline.producer_wait(k, q_state);
+                k.when(!done, || self.before(tile.number).store(last));
+                last.set(tile.number + 1);
+                self.tell(shared, q_state, &tile);
+                let full = shared.q_pipeline.full(q_state);
+                full.arrive_expect_tx(k, done.select(0u32, config.q().bytes()));
+                k.if_(!done, || {
+                    let row = tile.q_row + tile.m_block * config.tile_m();
+                    let to = shared.q + q_state.index * config.q().bytes();
+                    self.panels(config.q(), to, params.maps[0], [row, tile.head, self.batch(&tile)], full);
+                });
+                q_state.advance();
             });
+            k.break_if(done);
             self.each_block(&tile, |n_block, partial| {
                 shared.k_pipeline.producer_wait(k, k_state);
                 if let Some(partial) = partial {
@@ -209,7 +328,7 @@ impl<'a, 'k> Work<'a, 'k> {
         let (q_state, v_state) = (shared.q_pipeline.start(k), shared.v_pipeline.start(k));
         k.loop_(|| {
             shared.q_pipeline.consumer_wait(k, q_state);
-            let tile = self.told(shared);
+            let tile = self.told(shared, q_state);
             shared.q_pipeline.consumer_release(k, q_state.index, k.var(0u32));
             k.break_if(tile.exists.eq(0));
             q_state.advance();
@@ -226,6 +345,45 @@ impl<'a, 'k> Work<'a, 'k> {
                 );
             });
         });
+    }
+
+    /// A warp of its own: rows that see no key get zeros. Block `i` looks at each tile whose number is `i` more than a
+    /// multiple of the blocks; it needs no word from the others.
+    pub fn write_nothing(&self) {
+        let (k, config, params) = (self.k, self.config, self.params);
+        let lane = k.lane();
+        k.for_(k.ctaid(0), self.tiles, k.nctaid(0), |number| {
+            let tile = self.tile(number);
+            let first = tile.m_block * config.tile_m();
+            let rows = tile.seqlen_q.min(first + config.tile_m());
+            k.if_(tile.blocks.eq(0) & first.lt(rows), || {
+                let [o, lse] = self.outputs(&tile);
+                let end = RowEnd::new(params, k.var(f32::NEG_INFINITY), k.var(0.0), self.sink(&tile));
+                k.for_(first, rows, 1u32, |row| {
+                    k.when(lane.eq(0), || (lse + row.to_u64() * 4).address().store(end.lse));
+                    let at = (o + (row.to_u64() * params.o_strides[1] + lane.to_u64()) * 2).address();
+                    for i in 0..config.head_dim_v.div_ceil(32) {
+                        let inside = (lane + 32 * i).lt(config.head_dim_v);
+                        k.when(inside, || at.at(64 * i as i32).store(k.var(0u16)));
+                    }
+                });
+            });
+        });
+    }
+
+    /// Where row 0 of the tile's sequence and head lies in o, and where in lse: bytes.
+    pub fn outputs(&self, tile: &WorkTile<'k>) -> [Reg<'k, u64>; 2] {
+        let (params, batch) = (self.params, self.batch(tile).to_u64());
+        let (head, row) = (tile.head.to_u64(), tile.q_row.to_u64());
+        let [by_batch, by_row, by_head] = params.o_strides;
+        let o = batch * by_batch + head * by_head + row * by_row;
+        let lse = batch * params.lse_strides[0] + head * params.lse_strides[1] + row;
+        [o * 2 + params.o, lse * 4 + params.lse]
+    }
+
+    /// The sink logit of the tile's head, in base 2.
+    pub fn sink(&self, tile: &WorkTile<'k>) -> Option<Reg<'k, f32>> {
+        self.params.sinks.map(|sinks| tile.head.mad_wide(4, sinks).address().load::<f32>() * LOG2_E)
     }
 
     /// Runs `body` for each block of the tile, the last first; from a list also with whether it is seen in part (bit 31).
@@ -255,7 +413,7 @@ impl<'a, 'k> Work<'a, 'k> {
         }
     }
 
-    fn batch(&self, tile: &WorkTile<'k>) -> Reg<'k, u32> {
+    pub fn batch(&self, tile: &WorkTile<'k>) -> Reg<'k, u32> {
         if self.config.varlen { self.k.var(0u32) } else { tile.batch }
     }
 
