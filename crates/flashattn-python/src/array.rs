@@ -59,7 +59,7 @@ pub enum Place {
     /// Memory of an NVIDIA GPU.
     Cuda {
         /// Its number.
-        ordinal: i32,
+        ordinal: u32,
     },
 }
 
@@ -178,9 +178,7 @@ impl Array {
 
     fn slice_mut<T>(&mut self, span: usize) -> Result<&mut [T], Error> {
         self.check_memory::<T>(span)?;
-        if self.read_only {
-            return Err(Error::Value(format!("{} is read-only, expected an array to write to", self.name)));
-        }
+        self.expect_writable()?;
         if span == 0 {
             return Ok(&mut []);
         }
@@ -201,6 +199,28 @@ impl Array {
     /// The shape as `[batch, seqlen, heads, head_dim]`.
     pub fn shape4(&self) -> Result<[usize; 4], Error> {
         Ok(self.dims(&vec![0; self.shape.len()])?.0)
+    }
+
+    /// Shape and strides as `[batch, seqlen, heads, head_dim]`, without a look at the memory.
+    pub fn layout4(&self) -> Result<([usize; 4], [usize; 4]), Error> {
+        let strides = self.checked_strides()?;
+        self.span(&strides)?;
+        let (shape, strides) = self.dims(&strides)?;
+        Ok((shape, unit(shape, strides)))
+    }
+
+    /// Elements of a row-major array of this type, without a look at the memory.
+    pub fn dense_len(&self, kind: Kind) -> Result<usize, Error> {
+        self.expect(kind)?;
+        self.expect_dense()
+    }
+
+    /// Fails if it must not be written.
+    pub fn expect_writable(&self) -> Result<(), Error> {
+        match self.read_only {
+            true => Err(Error::Value(format!("{} is read-only, expected an array to write to", self.name))),
+            false => Ok(()),
+        }
     }
 
     /// To read as `[batch, seqlen, heads, head_dim]`.

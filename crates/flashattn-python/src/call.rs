@@ -2,6 +2,7 @@
 
 use crate::array::{Array, Kind, Place, check_disjoint};
 use crate::error::Error;
+use crate::gpu;
 use crate::plans::{self, Planned};
 use crate::threads;
 use flashattn::{DType, Element, GradInputs, GradientsMut, bf16, f16};
@@ -20,6 +21,8 @@ pub struct Call<'a> {
     pub extras: Vec<Array>,
     /// The CUDA stream to run on, if the arrays are on a GPU.
     pub stream: Option<usize>,
+    /// Memory of the caller's to work with, if the arrays are on a GPU and the call is captured into a graph.
+    pub workspace: Option<Array>,
 }
 
 /// What the forward pass writes.
@@ -79,13 +82,13 @@ macro_rules! for_dtype {
 }
 
 impl Call<'_> {
-    /// All arrays of the call are in one place.
+    /// All arrays of the call are in one place, but for the extras, which are read on the host.
     fn place<'a>(&'a self, others: impl IntoIterator<Item = &'a Array>) -> Result<Place, Error> {
-        let own = [&self.k, &self.v].into_iter().chain(&self.extras);
-        for other in own.chain(others) {
-            if other.place != self.q.place {
-                let (got, expected) = (other.place, self.q.place);
-                return Err(Error::Type(format!("{} is on {got}, expected {expected} like q", other.name)));
+        let like_q = [&self.k, &self.v].into_iter().chain(others).map(|array| (array, self.q.place));
+        for (array, expected) in like_q.chain(self.extras.iter().map(|array| (array, Place::Cpu))) {
+            if array.place != expected {
+                let (name, got) = (array.name, array.place);
+                return Err(Error::Type(format!("{name} is on {got}, expected {expected}")));
             }
         }
         Ok(self.q.place)
@@ -96,7 +99,7 @@ impl Call<'_> {
     }
 
     fn planned<T: Element>(&self) -> Result<std::sync::Arc<Planned<T>>, Error> {
-        plans::get(self.options, [&self.q, &self.k, &self.v], &self.extras)
+        plans::get(self.options, [&self.q, &self.k, &self.v], &self.extras, flashattn::Device::Cpu)
     }
 
     /// Runs `f` in the thread pool, unless the call is small.
@@ -112,7 +115,7 @@ impl Call<'_> {
         check_disjoint(&self.inputs().collect::<Vec<_>>(), &[&results.o, &results.lse])?;
         match self.place([&results.o, &results.lse])? {
             Place::Cpu => for_dtype!(self, T => self.run(|| self.forward_cpu::<T>(results))?),
-            place @ Place::Cuda { .. } => Err(self.no_cuda(place)),
+            Place::Cuda { ordinal } => for_dtype!(self, T => gpu::forward::<T>(self, results, ordinal)),
         }
     }
 
@@ -134,7 +137,9 @@ impl Call<'_> {
         check_disjoint(&self.inputs().chain(read.iter().copied()).collect::<Vec<_>>(), &written)?;
         match self.place(read.into_iter().chain(written))? {
             Place::Cpu => for_dtype!(self, T => self.run(|| self.backward_cpu::<T>(given, gradients))?),
-            place @ Place::Cuda { .. } => Err(self.no_cuda(place)),
+            place @ Place::Cuda { .. } => Err(Error::NotImplemented(format!(
+                "q is on {place}: the backward pass is not there yet for GPUs"
+            ))),
         }
     }
 
@@ -173,11 +178,16 @@ impl Call<'_> {
         Ok(())
     }
 
-    /// The one place that a GPU executor joins: `self` has raw pointers, strides in elements, and the stream.
-    fn no_cuda(&self, place: Place) -> Error {
-        let stream = self.stream.map_or(String::new(), |stream| format!(" (stream {stream:#x})"));
-        Error::NotImplemented(format!(
-            "q is on {place}{stream}: attention on CUDA tensors is not in this build yet, move them to the CPU"
-        ))
+    /// Bytes of working memory that the forward pass needs on a GPU; 0 on the CPU, which has its own.
+    ///
+    /// # Errors
+    /// As [`Call::forward`].
+    pub fn workspace_bytes(&self, results: &Results) -> Result<u64, Error> {
+        match self.place([&results.o, &results.lse])? {
+            Place::Cpu => Ok(0),
+            Place::Cuda { ordinal } => {
+                for_dtype!(self, T => gpu::workspace_bytes::<T>(self, results, ordinal))
+            }
+        }
     }
 }

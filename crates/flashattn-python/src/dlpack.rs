@@ -171,7 +171,7 @@ fn describe(name: &'static str, tensor: &DlTensor, read_only: bool) -> Result<Ar
     };
     let place = match tensor.device_type {
         CPU | CUDA_HOST => Place::Cpu,
-        CUDA => Place::Cuda { ordinal: tensor.device_id },
+        CUDA if tensor.device_id >= 0 => Place::Cuda { ordinal: tensor.device_id.unsigned_abs() },
         other => {
             return Err(Error::Type(format!(
                 "{name} is on DLPack device type {other}, expected CPU or CUDA"

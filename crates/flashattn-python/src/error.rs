@@ -6,7 +6,7 @@ use flashattn::spec::io::IoError;
 use flashattn::spec::mask::MaskError;
 use flashattn::spec::score_mod::ScoreModError;
 use pyo3::PyErr;
-use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
 
 /// Why a call was refused; nothing has been written to the caller's arrays.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +67,7 @@ impl From<Error> for PyErr {
             Error::NotImplemented(_) => PyNotImplementedError::new_err(text),
             Error::Attention(flashattn::Error::Unsupported { .. }) => PyNotImplementedError::new_err(text),
             Error::Attention(flashattn::Error::OutOfMemory { .. }) => PyMemoryError::new_err(text),
+            Error::Attention(flashattn::Error::Cuda { .. }) => PyRuntimeError::new_err(text),
             Error::Attention(error) if is_type_error(&error) => PyTypeError::new_err(text),
             _ => PyValueError::new_err(text),
         }

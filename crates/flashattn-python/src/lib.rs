@@ -8,6 +8,7 @@ mod array;
 mod call;
 mod dlpack;
 mod error;
+mod gpu;
 mod options;
 mod plans;
 mod threads;
@@ -39,7 +40,7 @@ impl<'a> Held<'a> {
         };
         let (q, k, v) = (take("q", q)?, take("k", k)?, take("v", v)?);
         let extras = extras.iter().map(|e| take("extras", e)).collect::<PyResult<_>>()?;
-        Ok(Held { call: Call { options, q, k, v, extras, stream }, owners })
+        Ok(Held { call: Call { options, q, k, v, extras, stream, workspace: None }, owners })
     }
 
     fn take(&mut self, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<array::Array> {
@@ -60,7 +61,7 @@ mod _native {
 
     /// Fills o and lse.
     #[pyfunction]
-    #[pyo3(signature = (options, q, k, v, extras, o, lse, stream=None))]
+    #[pyo3(signature = (options, q, k, v, extras, o, lse, stream=None, workspace=None))]
     fn forward(
         py: Python<'_>,
         options: &str,
@@ -71,16 +72,35 @@ mod _native {
         o: &Bound<'_, PyAny>,
         lse: &Bound<'_, PyAny>,
         stream: Option<usize>,
+        workspace: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut held = Held::new(options, [q, k, v], &extras, stream)?;
+        held.call.workspace = workspace.map(|workspace| held.take("workspace", workspace)).transpose()?;
         let mut results = Results { o: held.take("o", o)?, lse: held.take("lse", lse)? };
         let call = &held.call;
         Ok(py.detach(|| call.forward(&mut results))?)
     }
 
+    /// Bytes of a workspace for a forward pass that is captured into a CUDA graph.
+    #[pyfunction]
+    fn forward_workspace(
+        py: Python<'_>,
+        options: &str,
+        q: &Bound<'_, PyAny>,
+        k: &Bound<'_, PyAny>,
+        v: &Bound<'_, PyAny>,
+        extras: Vec<Bound<'_, PyAny>>,
+        o: &Bound<'_, PyAny>,
+        lse: &Bound<'_, PyAny>,
+    ) -> PyResult<u64> {
+        let mut held = Held::new(options, [q, k, v], &extras, None)?;
+        let results = Results { o: held.take("o", o)?, lse: held.take("lse", lse)? };
+        let call = &held.call;
+        Ok(py.detach(|| call.workspace_bytes(&results))?)
+    }
+
     /// Fills dq, dk, dv and d_extras: gradients of the tables that get one, in order, then of the sinks.
     #[pyfunction]
-    #[pyo3(signature = (options, q, k, v, extras, o, lse, do_, dlse, dq, dk, dv, d_extras, stream=None))]
     fn backward(
         py: Python<'_>,
         options: &str,
@@ -96,9 +116,8 @@ mod _native {
         dk: &Bound<'_, PyAny>,
         dv: &Bound<'_, PyAny>,
         d_extras: Vec<Bound<'_, PyAny>>,
-        stream: Option<usize>,
     ) -> PyResult<()> {
-        let mut held = Held::new(options, [q, k, v], &extras, stream)?;
+        let mut held = Held::new(options, [q, k, v], &extras, None)?;
         let given = Given {
             o: held.take("o", o)?,
             lse: held.take("lse", lse)?,

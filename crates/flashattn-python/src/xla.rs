@@ -141,7 +141,7 @@ pub unsafe extern "C" fn forward(frame: *mut CallFrame) -> *mut c_void {
             let [o, lse] = exactly("results", results)?;
             let extras = arguments.split_off(3.min(arguments.len()));
             let [q, k, v] = exactly("operands", arguments)?;
-            Call { options, q, k, v, extras, stream: None }.forward(&mut Results { o, lse })
+            Call { options, q, k, v, extras, stream: None, workspace: None }.forward(&mut Results { o, lse })
         })
     }
 }
@@ -159,7 +159,7 @@ pub unsafe extern "C" fn backward(frame: *mut CallFrame) -> *mut c_void {
             let extras = arguments.split_off(7.min(arguments.len()));
             let [q, k, v, o, lse, d_o, d_lse] = exactly("operands", arguments)?;
             let given = Given { o, lse, d_o, d_lse: Some(d_lse) };
-            Call { options, q, k, v, extras, stream: None }
+            Call { options, q, k, v, extras, stream: None, workspace: None }
                 .backward(&given, &mut Gradients { dq, dk, dv, d_extras })
         })
     }

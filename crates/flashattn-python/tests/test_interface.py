@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -172,6 +174,17 @@ def test_threads():
     assert flashattn.num_threads() == before + 1
     flashattn.set_num_threads(before)
     flashattn.clear_plans()
+
+
+def test_readme():
+    """The README's Python runs."""
+    readme = pathlib.Path(__file__).parents[3] / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
+    assert len(blocks) >= 2
+    scope = {}
+    for block in blocks:
+        exec(block, scope)
+    assert scope["q"].grad.shape == scope["o"].shape
 
 
 def test_version():

@@ -49,16 +49,18 @@ def integers(name: str, x: Any, q: Any) -> Any:
     return _module(q).ascontiguousarray(x, dtype="int32")
 
 
-def _dense(x: Any) -> bool:
-    """Whether it can be read as it is."""
-    strides = getattr(x, "strides", None)
+def _as_it_is(x: Any, module: Any) -> bool:
+    """Whether the native part can read it without a copy."""
+    strides, flags = getattr(x, "strides", None), getattr(x, "flags", None)
+    if getattr(flags, "writeable", True) is False and tuple(map(int, module.__version__.split(".")[:2])) < (2, 1):
+        return False  # NumPy's DLPack could not say that an array is read-only, so it refuses
     return strides is None or (all(s >= 0 for s in strides) and (x.shape[-1] < 2 or strides[-1] == x.dtype.itemsize))
 
 
 def run(options: str, q: Any, k: Any, v: Any, extras: list, max_seqlen_q: int, max_seqlen_k: int) -> tuple[Any, Any]:
     """o and lse."""
     module = _module(q)
-    q, k, v = (x if _dense(x) else module.ascontiguousarray(x) for x in (q, k, v))
+    q, k, v = (x if _as_it_is(x, module) else module.array(x, order="C") for x in (q, k, v))
     o = module.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if len(q.shape) == 4 else (q.shape[1], q.shape[0])
     lse = module.empty(lse_shape, dtype="float32")

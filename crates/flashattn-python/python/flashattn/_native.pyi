@@ -4,8 +4,17 @@ from collections.abc import Sequence
 from typing import Any, Optional
 
 def forward(
-    options: str, q: Any, k: Any, v: Any, extras: Sequence[Any], o: Any, lse: Any, stream: Optional[int] = None
+    options: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    extras: Sequence[Any],
+    o: Any,
+    lse: Any,
+    stream: Optional[int] = None,
+    workspace: Optional[Any] = None,
 ) -> None: ...
+def forward_workspace(options: str, q: Any, k: Any, v: Any, extras: Sequence[Any], o: Any, lse: Any) -> int: ...
 def backward(
     options: str,
     q: Any,
@@ -20,7 +29,6 @@ def backward(
     dk: Any,
     dv: Any,
     d_extras: Sequence[Any],
-    stream: Optional[int] = None,
 ) -> None: ...
 def dropout_mask(seed: int, p: float, out: Any) -> None: ...
 def io_model(
