@@ -48,6 +48,18 @@ fn stream<T: Element>(call: &Call<'_>, planned: &Planned<T>) -> Result<Stream, E
     Ok(unsafe { planned.plan.gpu()?.device().stream_from_raw(raw) })
 }
 
+/// The 32-bit words of a row-major array, on the host. Waits for the stream.
+pub fn read(array: &Array, ordinal: u32, stream: Option<usize>) -> Result<Vec<u32>, Error> {
+    let bytes = array.dense_len(array.kind)?.saturating_mul(array.kind.size());
+    let failed = |error: flashattn::cuda::Error| Error::Value(format!("{}: {error}", array.name));
+    let device = flashattn::cuda::Device::open(ordinal).map_err(failed)?;
+    let raw = ptr::with_exposed_provenance_mut(stream.unwrap_or(0));
+    // SAFETY: the caller's stream, and an array whose maker vouches for its memory.
+    let (stream, buffer) =
+        unsafe { (device.stream_from_raw(raw), device.buffer_from_raw(array.data.addr() as u64, bytes)) };
+    buffer.read(&stream).map_err(failed)
+}
+
 /// Puts the forward pass into the call's stream.
 pub fn forward<T: Element>(call: &Call<'_>, results: &Results, ordinal: u32) -> Result<(), Error> {
     let planned = planned::<T>(call, ordinal)?;

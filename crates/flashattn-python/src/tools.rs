@@ -176,8 +176,14 @@ pub fn clear_plans() {
     plans::clear();
 }
 
-/// Capsules of the XLA custom calls: forward and backward.
+/// The XLA custom calls: name, platform, capsule.
 #[pyfunction]
-pub fn xla_handlers(py: Python<'_>) -> PyResult<(Bound<'_, PyCapsule>, Bound<'_, PyCapsule>)> {
-    Ok((xla::capsule(py, xla::forward)?, xla::capsule(py, xla::backward)?))
+pub fn xla_handlers(py: Python<'_>) -> PyResult<Vec<(&'static str, &'static str, Bound<'_, PyCapsule>)>> {
+    let handlers: [(_, _, xla::Handler); 4] = [
+        ("flashattn_forward", "cpu", xla::forward::<false>),
+        ("flashattn_backward", "cpu", xla::backward::<false>),
+        ("flashattn_forward", "CUDA", xla::forward::<true>),
+        ("flashattn_backward", "CUDA", xla::backward::<true>),
+    ];
+    handlers.into_iter().map(|(name, platform, f)| Ok((name, platform, xla::capsule(py, f)?))).collect()
 }

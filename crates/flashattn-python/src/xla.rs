@@ -9,6 +9,7 @@
 use crate::array::{Array, Kind, Place};
 use crate::call::{Call, Given, Gradients, Results};
 use crate::error::Error;
+use crate::gpu;
 use flashattn::DType;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -67,7 +68,36 @@ struct Api {
     version: Version,
     internal: *const c_void,
     error_create: Option<unsafe extern "C" fn(*mut ErrorArgs) -> *mut c_void>,
-    // More functions follow.
+    _error_message: *const c_void,
+    error_destroy: Option<unsafe extern "C" fn(*mut DestroyArgs)>,
+    _handler_register: *const c_void,
+    stream_get: Option<unsafe extern "C" fn(*mut StreamArgs) -> *mut c_void>,
+    _others: [*const c_void; 12],
+    /// The last of 0.3; `struct_size` says whether it is there.
+    ordinal_get: Option<unsafe extern "C" fn(*mut OrdinalArgs) -> *mut c_void>,
+}
+
+#[repr(C)]
+struct DestroyArgs {
+    struct_size: usize,
+    extension: *mut Extension,
+    error: *mut c_void,
+}
+
+#[repr(C)]
+struct StreamArgs {
+    struct_size: usize,
+    extension: *mut Extension,
+    context: *mut c_void,
+    stream: *mut c_void,
+}
+
+#[repr(C)]
+struct OrdinalArgs {
+    struct_size: usize,
+    extension: *mut Extension,
+    context: *mut c_void,
+    ordinal: i32,
 }
 
 #[repr(C)]
@@ -121,7 +151,7 @@ pub struct CallFrame {
 }
 
 /// A handler: null is success.
-type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut c_void;
+pub type Handler = unsafe extern "C" fn(*mut CallFrame) -> *mut c_void;
 
 /// A capsule for `jax.ffi.register_ffi_target`.
 pub fn capsule(py: Python<'_>, handler: Handler) -> PyResult<Bound<'_, PyCapsule>> {
@@ -130,55 +160,106 @@ pub fn capsule(py: Python<'_>, handler: Handler) -> PyResult<Bound<'_, PyCapsule
     unsafe { PyCapsule::new_with_pointer(py, pointer, c"xla._CUSTOM_CALL_TARGET") }
 }
 
-/// The forward pass as an XLA custom call.
+/// The forward pass as an XLA custom call, for the platform "CUDA" or "cpu".
 ///
 /// # Safety
 /// `frame` is a call frame of XLA's FFI.
-pub unsafe extern "C" fn forward(frame: *mut CallFrame) -> *mut c_void {
+pub unsafe extern "C" fn forward<const CUDA: bool>(frame: *mut CallFrame) -> *mut c_void {
     // SAFETY: as the caller says.
     unsafe {
-        handle(frame, |options, mut arguments, results| {
+        handle::<CUDA>(frame, |options, mut arguments, results, stream| {
             let [o, lse] = exactly("results", results)?;
-            let extras = arguments.split_off(3.min(arguments.len()));
+            let mut extras = arguments.split_off(3.min(arguments.len()));
             let [q, k, v] = exactly("operands", arguments)?;
-            Call { options, q, k, v, extras, stream: None, workspace: None }.forward(&mut Results { o, lse })
+            let _memory = to_host(&mut extras, stream)?;
+            Call { options, q, k, v, extras, stream, workspace: None }.forward(&mut Results { o, lse })
         })
     }
 }
 
-/// The backward pass as an XLA custom call.
+/// The backward pass as an XLA custom call, for the platform "CUDA" or "cpu".
 ///
 /// # Safety
 /// `frame` is a call frame of XLA's FFI.
-pub unsafe extern "C" fn backward(frame: *mut CallFrame) -> *mut c_void {
+pub unsafe extern "C" fn backward<const CUDA: bool>(frame: *mut CallFrame) -> *mut c_void {
     // SAFETY: as the caller says.
     unsafe {
-        handle(frame, |options, mut arguments, mut results| {
+        handle::<CUDA>(frame, |options, mut arguments, mut results, stream| {
             let d_extras = results.split_off(3.min(results.len()));
             let [dq, dk, dv] = exactly("results", results)?;
-            let extras = arguments.split_off(7.min(arguments.len()));
+            let mut extras = arguments.split_off(7.min(arguments.len()));
             let [q, k, v, o, lse, d_o, d_lse] = exactly("operands", arguments)?;
             let given = Given { o, lse, d_o, d_lse: Some(d_lse) };
-            Call { options, q, k, v, extras, stream: None, workspace: None }
+            let _memory = to_host(&mut extras, stream)?;
+            Call { options, q, k, v, extras, stream, workspace: None }
                 .backward(&given, &mut Gradients { dq, dk, dv, d_extras })
         })
     }
+}
+
+/// Extras are read on the host: those on a GPU are copied, into memory that is returned. Waits for the stream.
+fn to_host(extras: &mut [Array], stream: Option<usize>) -> Result<Vec<Vec<u32>>, Error> {
+    let mut memory = Vec::new();
+    for extra in extras {
+        if let Place::Cuda { ordinal } = extra.place {
+            let words = gpu::read(extra, ordinal, stream)?;
+            extra.data = words.as_ptr().cast_mut().cast();
+            extra.place = Place::Cpu;
+            memory.push(words);
+        }
+    }
+    Ok(memory)
 }
 
 fn exactly<const N: usize>(what: &str, list: Vec<Array>) -> Result<[Array; N], Error> {
     list.try_into().map_err(|list: Vec<_>| Error::Value(format!("got {} {what}, expected {N}", list.len())))
 }
 
+/// The stream and the GPU of a call.
+///
+/// # Safety
+/// `frame` is a call frame of XLA's FFI.
+unsafe fn stream_and_ordinal(frame: &CallFrame) -> Result<(usize, u32), Error> {
+    let (context, extension, api) = (frame.context, null_mut(), frame.api);
+    let mut stream =
+        StreamArgs { struct_size: size_of::<StreamArgs>(), extension, context, stream: null_mut() };
+    let mut device = OrdinalArgs { struct_size: size_of::<OrdinalArgs>(), extension, context, ordinal: -1 };
+    // SAFETY: XLA's own functions, with their arguments; a field is read only if `struct_size` says that it is there.
+    let failed = unsafe {
+        if (*api).struct_size < size_of::<Api>() {
+            return Err(Error::NotImplemented(
+                "this jaxlib does not tell the GPU's number; update it".into(),
+            ));
+        }
+        let api = &*api;
+        let errors = [
+            api.stream_get.map_or(null_mut(), |get| get(&mut stream)),
+            api.ordinal_get.map_or(null_mut(), |get| get(&mut device)),
+        ];
+        for error in errors.into_iter().filter(|error| !error.is_null()) {
+            let mut args = DestroyArgs { struct_size: size_of::<DestroyArgs>(), extension, error };
+            if let Some(destroy) = api.error_destroy {
+                destroy(&mut args);
+            }
+        }
+        errors.iter().any(|error| !error.is_null())
+    };
+    match u32::try_from(device.ordinal) {
+        Ok(ordinal) if !failed => Ok((stream.stream.expose_provenance(), ordinal)),
+        _ => Err(Error::Value("XLA gives no stream or no device for this call".into())),
+    }
+}
+
 /// Reads the frame, runs `f`, and makes an error of what it returns, or of a panic, which must not reach C++.
 ///
 /// # Safety
 /// `frame` is a call frame of XLA's FFI.
-unsafe fn handle(
+unsafe fn handle<const CUDA: bool>(
     frame: *mut CallFrame,
-    f: impl FnOnce(&str, Vec<Array>, Vec<Array>) -> Result<(), Error>,
+    f: impl FnOnce(&str, Vec<Array>, Vec<Array>, Option<usize>) -> Result<(), Error>,
 ) -> *mut c_void {
     // SAFETY: XLA gives a frame that is valid during the call, as are all the pointers in it.
-    let (frame, api) = unsafe { (&mut *frame, &*(*frame).api) };
+    let frame = unsafe { &mut *frame };
     if let Some(extension) = NonNull::new(frame.extension) {
         // SAFETY: as above; an extension of this kind is a `MetadataExtension`, whose fields XLA has us fill.
         unsafe {
@@ -186,7 +267,7 @@ unsafe fn handle(
                 let metadata = &mut *extension.cast::<MetadataExtension>().as_ref().metadata;
                 // Ours is every 0.x: see the module's documentation.
                 metadata.api_version.major = 0;
-                metadata.api_version.minor = api.version.minor;
+                metadata.api_version.minor = (*frame.api).version.minor;
                 return null_mut();
             }
         }
@@ -195,16 +276,27 @@ unsafe fn handle(
         return null_mut();
     }
     let run = || {
-        // SAFETY: as above; operands and results are buffers in host memory, dense and row-major, as this is a handler for
-        // the platform "cpu" and JAX's default layout.
-        let (options, arguments, results) = unsafe {
-            (options(&frame.attributes)?, arrays(&frame.arguments, true)?, arrays(&frame.results, false)?)
+        // SAFETY: as above; operands and results are buffers in the memory of this handler's platform, dense and row-major,
+        // as is JAX's default layout.
+        let (options, arguments, results, stream) = unsafe {
+            let (stream, place) = match CUDA {
+                true => {
+                    let (stream, ordinal) = stream_and_ordinal(frame)?;
+                    (Some(stream), Place::Cuda { ordinal })
+                }
+                false => (None, Place::Cpu),
+            };
+            let (arguments, results) =
+                (arrays(&frame.arguments, place, true)?, arrays(&frame.results, place, false)?);
+            (options(&frame.attributes)?, arguments, results, stream)
         };
-        f(options, arguments, results)
+        f(options, arguments, results, stream)
     };
     let (code, message) = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => return null_mut(),
-        Ok(Err(error @ Error::NotImplemented(_))) => (UNIMPLEMENTED, error.to_string()),
+        Ok(Err(
+            error @ (Error::NotImplemented(_) | Error::Attention(flashattn::Error::Unsupported { .. })),
+        )) => (UNIMPLEMENTED, error.to_string()),
         Ok(Err(error)) => (INVALID_ARGUMENT, error.to_string()),
         Err(_) => (INTERNAL, "flashattn: a panic; please report it".into()),
     };
@@ -215,7 +307,8 @@ unsafe fn handle(
         message: message.as_ptr(),
         code,
     };
-    match api.error_create {
+    // SAFETY: the frame's API, which has had this field from the first version on.
+    match unsafe { (*frame.api).error_create } {
         // SAFETY: XLA's own function, with its arguments; it copies the message.
         Some(create) => unsafe { create(&mut args) },
         None => null_mut(),
@@ -249,7 +342,7 @@ unsafe fn options(attributes: &Attributes) -> Result<&str, Error> {
 
 /// # Safety
 /// `buffers` comes from a call frame of XLA's FFI.
-unsafe fn arrays(buffers: &Buffers, read_only: bool) -> Result<Vec<Array>, Error> {
+unsafe fn arrays(buffers: &Buffers, place: Place, read_only: bool) -> Result<Vec<Array>, Error> {
     let names: &[&'static str] = if read_only { &["q", "k", "v", "operand"] } else { &["result"] };
     let mut list = Vec::new();
     for i in 0..usize::try_from(buffers.size).unwrap_or(0) {
@@ -280,7 +373,7 @@ unsafe fn arrays(buffers: &Buffers, read_only: bool) -> Result<Vec<Array>, Error
             _ => Vec::new(),
         };
         let strides = crate::array::dense_strides(&shape);
-        list.push(Array { name, data: buffer.data, shape, strides, kind, place: Place::Cpu, read_only });
+        list.push(Array { name, data: buffer.data, shape, strides, kind, place, read_only });
     }
     Ok(list)
 }

@@ -132,3 +132,21 @@ def test_errors():
         flashattn.flash_attn_func(q, k, v, 0.1)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"ALiBi slopes has shape \[3\], expected \[heads_q = 4\]"):
         flashattn.flash_attn_func(q, k, v, alibi_slopes=jnp.ones(3)).block_until_ready()
+
+
+@pytest.mark.cuda
+def test_on_a_gpu():
+    """The forward pass on a GPU, with a table that is read on the host."""
+    try:
+        gpu = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        pytest.skip(f"this jaxlib has no GPU: {error}")
+    q, k, v = arrays(jnp.bfloat16, d=64, dv=64)
+    slopes = jnp.linspace(0.1, 0.4, 4)
+    run = jax.jit(lambda q, k, v, s: flashattn.attention(q, k, v, causal=True, alibi_slopes=s, return_lse=True))
+    there = jax.device_put((q, k, v, slopes), gpu)
+    for got, expected in zip(run(*there), run(q, k, v, slopes)):
+        assert got.devices() == {gpu}
+        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=0.03, rtol=0.03)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"UNIMPLEMENTED.*dtype: f32"):
+        jax.block_until_ready(run(*(x.astype(jnp.float32) for x in there)))

@@ -1,7 +1,7 @@
 """JAX: the two passes as XLA custom calls under a ``custom_vjp``; they work under ``jit``, ``grad`` and ``vmap``.
 
 XLA's FFI rather than ``pure_callback``: XLA's threads call the native code on XLA's own buffers, without Python, the
-GIL or copies, compiled functions can be exported, and on a GPU nothing will go through host memory.
+GIL or copies, compiled functions can be exported, and on a GPU only tables go through host memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ._options import learned, write  # noqa: F401 (part of what a library offer
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
-for _name, _handler in zip(("flashattn_forward", "flashattn_backward"), _native.xla_handlers()):
-    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+for _name, _platform, _handler in _native.xla_handlers():
+    jax.ffi.register_ffi_target(_name, _handler, platform=_platform)
 
 
 def check(name: str, x: Any) -> None:
