@@ -1,4 +1,6 @@
-//! The one tuning table: which tiles the forward kernel takes for which head dimensions.
+//! The one tuning table: which tiles the kernels take for which head dimensions.
+
+use crate::kernels::Split;
 
 /// Tiles of the forward kernel for head dimensions up to a limit, and from some number of keys on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,37 @@ pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
     tiles(256, [0, 0], [2, 48, 2], false),
 ];
 
+/// Tiles of the backward kernel for head dimensions up to a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackwardTiles {
+    /// Largest head_dim and head_dim_v of this row.
+    pub head_dim: u32,
+    /// Queries of a block.
+    pub tile_m: u32,
+    /// What the two consumer warpgroups share out, which gives the keys of a block.
+    pub split: Split,
+    /// Stages of the Q and of the dO pipeline.
+    pub stages: u32,
+}
+
+/// Rows by ascending head dimension, as in [`FORWARD_SM90`]. By counting registers and bytes of shared memory that the
+/// products read; not yet tuned by measurement.
+pub const BACKWARD_SM90: [BackwardTiles; 3] = [
+    // The largest square that fits: dK and dV take 64 registers, S and dP 128.
+    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2 },
+    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 3 },
+    // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
+    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
+];
+
+/// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S.
+pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
+    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3 },
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3 },
+    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
+];
+
 /// The row for these head dimensions and keys; `None` if a head dimension is beyond the table. `masked`: with any mask;
 /// `programs`: with programs or dropout.
 pub fn forward_sm90(head_dims: [usize; 2], keys: usize, masked: bool, programs: bool) -> Option<Tiles> {
@@ -55,6 +88,15 @@ pub fn forward_sm90(head_dims: [usize; 2], keys: usize, masked: bool, programs: 
     let table: &[Tiles] = if programs { &FORWARD_SM90_PROGRAMS } else { &FORWARD_SM90 };
     let fits = |row: &&Tiles| larger <= row.head_dim as usize && keys >= row.keys[usize::from(masked)];
     table.iter().find(fits).copied()
+}
+
+/// The same for the backward pass; `programs`: how many there are of a mask's program, a score mod, dropout.
+pub fn backward_sm90(head_dim: usize, head_dim_v: usize, programs: usize) -> Option<BackwardTiles> {
+    let larger = head_dim.max(head_dim_v);
+    let table = if programs > 0 { BACKWARD_SM90_PROGRAMS } else { BACKWARD_SM90 };
+    // Several together find registers for fewer elements of S only.
+    let mut rows = table.into_iter().filter(|row| programs < 2 || row.split == Split::Columns);
+    rows.find(|row| larger <= row.head_dim as usize)
 }
 
 /// How many (head, sequence) pairs walk along together: KV heads, of `bytes` of keys and values each, with all `group` query
@@ -102,5 +144,15 @@ mod tests {
         assert_eq!(head_group(1 << 40, 8, true), 8);
         assert_eq!(head_group(0, 1, true), 8);
         assert_eq!(head_group(1 << 40, 3, false), 2 * 3);
+    }
+
+    #[test]
+    fn backward_rows_are_chosen_by_the_larger_dimension_and_by_programs() {
+        assert_eq!(backward_sm90(64, 1, 0), Some(BACKWARD_SM90[0]));
+        assert_eq!(backward_sm90(40, 65, 0), Some(BACKWARD_SM90[1]));
+        assert_eq!(backward_sm90(64, 64, 1), Some(BACKWARD_SM90_PROGRAMS[0]));
+        assert_eq!(backward_sm90(64, 64, 2), Some(BACKWARD_SM90_PROGRAMS[1]));
+        assert_eq!(backward_sm90(192, 128, 3), Some(BACKWARD_SM90_PROGRAMS[2]));
+        assert_eq!(backward_sm90(257, 8, 0), None);
     }
 }

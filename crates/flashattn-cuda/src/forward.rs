@@ -27,8 +27,8 @@ use crate::stage::{Copy, Layout, Location, StagedPlan};
 use crate::tensor_map::TensorMap;
 use crate::views::{DeviceSlice, DeviceView, check_pointer};
 
-/// Bytes of a workspace before its staged tensors: the tile counter, which is 0 between runs.
-const HEAD: u64 = 256;
+/// What everything in a workspace begins at a multiple of. It begins with the tile counter, which is 0 between runs.
+const ALIGN: u64 = 256;
 
 /// The tensors of a forward pass. Shapes as in [`AttentionProblem`].
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +102,17 @@ struct Bound {
 /// Of q, k, v, o, lse and sinks.
 type Addresses = [u64; 6];
 
+/// Where a workspace's staged tensors begin.
+fn staged_at(plan: &ForwardPlan) -> u64 {
+    plan.counter_bytes().next_multiple_of(ALIGN)
+}
+
+impl Prepared {
+    fn workspace_bytes(&self) -> u64 {
+        staged_at(&self.plan.forward) + self.plan.workspace
+    }
+}
+
 impl Workspace {
     /// Takes memory for a workspace, allocated by [`Device::alloc`] or the caller's, of [`Forward::workspace_bytes`]; the
     /// runs that use it come after this in the stream's order.
@@ -110,13 +121,13 @@ impl Workspace {
     /// [`Error::Misaligned`] unless it begins at a multiple of 256; [`Error::Workspace`] if it is too small for any run.
     pub fn new(buffer: Buffer, stream: &Stream) -> Result<Workspace, Error> {
         let (address, bytes) = (buffer.address(), buffer.bytes() as u64);
-        if bytes < HEAD {
-            return Err(Error::Workspace { got: bytes, expected: HEAD });
+        if bytes < ALIGN {
+            return Err(Error::Workspace { got: bytes, expected: ALIGN });
         }
-        if !address.is_multiple_of(HEAD) {
-            return Err(Error::Misaligned { name: "the workspace", address, expected: HEAD as usize });
+        if !address.is_multiple_of(ALIGN) {
+            return Err(Error::Misaligned { name: "the workspace", address, expected: ALIGN as usize });
         }
-        buffer.fill_first(stream, HEAD as usize, 0)?;
+        buffer.fill_first(stream, ALIGN as usize, 0)?;
         Ok(Workspace { buffer, bound: Mutex::default() })
     }
 
@@ -153,7 +164,7 @@ impl Forward {
         };
         let (mut bytes, mut offsets) = (Vec::new(), Vec::new());
         for upload in &plan.uploads {
-            bytes.resize(bytes.len().next_multiple_of(HEAD as usize), 0u8);
+            bytes.resize(bytes.len().next_multiple_of(ALIGN as usize), 0u8);
             offsets.push(bytes.len() as u64);
             bytes.extend_from_slice(upload.bytes());
         }
@@ -199,7 +210,7 @@ impl Forward {
     /// # Errors
     /// As [`Forward::run`].
     pub fn workspace_bytes(&self, layout: &Layout) -> Result<u64, Error> {
-        Ok(HEAD + self.prepared(layout)?.plan.workspace)
+        Ok(self.prepared(layout)?.workspace_bytes())
     }
 
     /// A workspace of the caller's own for tensors that lie so.
@@ -247,7 +258,7 @@ impl Forward {
         self.check(stream, args)?;
         self.device.same(workspace.buffer.device(), "the workspace")?;
         let prepared = self.prepared(&args.layout())?;
-        let (got, expected) = (workspace.bytes(), HEAD + prepared.plan.workspace);
+        let (got, expected) = (workspace.bytes(), prepared.workspace_bytes());
         if got < expected {
             return Err(Error::Workspace { got, expected });
         }
@@ -314,7 +325,7 @@ impl Forward {
             return Ok(workspace.clone());
         }
         stream.check_context()?;
-        let buffer = self.device.alloc((HEAD + prepared.plan.workspace) as usize)?;
+        let buffer = self.device.alloc(prepared.workspace_bytes() as usize)?;
         let workspace = Arc::new(Workspace::new(buffer, stream)?);
         pool.insert(id, workspace.clone());
         Ok(workspace)
@@ -390,7 +401,7 @@ impl Place<'_> {
     fn kernel(&self, tensor: Tensor, addresses: &Addresses) -> u64 {
         match self.plan.place(tensor) {
             Location::Caller => self.caller(tensor, addresses),
-            Location::Workspace(offset) => self.workspace + HEAD + offset,
+            Location::Workspace(offset) => self.workspace + staged_at(&self.plan.forward) + offset,
         }
     }
 

@@ -1,6 +1,8 @@
 //! From a problem to a launch: which kernel, with which arguments, and what to upload. Nothing here touches a GPU; the same
 //! plan is launched by the driver and by the emulator.
 
+mod backward;
+
 use std::collections::HashMap;
 
 use bytemuck::cast_slice;
@@ -12,6 +14,8 @@ use ptx::instr::Element;
 
 use crate::config::{self, Tiles};
 use crate::kernels::{FwdConfig, MaskKind};
+
+pub use backward::{BackwardPlan, GradStrides, GradTensor};
 
 /// What the kernels of this crate do not take yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -28,17 +32,20 @@ pub enum Feature {
     Size,
     /// The backward pass.
     Gradients,
+    /// A fixed order of sums.
+    Deterministic,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 6] = [
+    pub const ALL: [Feature; 7] = [
         Feature::DType,
         Feature::HeadDim,
         Feature::Stride,
         Feature::Address,
         Feature::Size,
         Feature::Gradients,
+        Feature::Deterministic,
     ];
 
     /// As errors call it.
@@ -50,6 +57,7 @@ impl Feature {
             Feature::Address => "address",
             Feature::Size => "size",
             Feature::Gradients => "gradients",
+            Feature::Deterministic => "determinism",
         }
     }
 }
@@ -101,7 +109,7 @@ pub enum Tensor {
 
 /// An argument, not yet bound to memory.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Argument {
+pub enum Argument<T = Tensor> {
     /// A 32-bit integer.
     U32(u32),
     /// A signed 32-bit integer.
@@ -111,9 +119,9 @@ pub enum Argument {
     /// A 64-bit integer.
     U64(u64),
     /// A tensor's address.
-    Address(Tensor),
+    Address(T),
     /// A tensor map over a tensor.
-    TensorMap(ptx::TensorMap, Tensor),
+    TensorMap(ptx::TensorMap, T),
 }
 
 /// Data that must lie in the device's memory before the launch. It depends on the problem alone.
@@ -192,8 +200,7 @@ impl ForwardPlan {
         let lowered = problem.lower()?;
         let mask = band(problem, lowered.mask.is_some());
         let by_blocks = lowered.mask.filter(|_| mask.is_none());
-        let mut config = configure(problem, mask, &by_blocks, &lowered.score_mod, tiles)?;
-        config.wide_stores = o_strides(problem, strides).all(|(_, stride)| stride.is_multiple_of(4));
+        let config = configure(problem, mask, &by_blocks, &lowered.score_mod, tiles)?;
         let tiles = count(problem, &config)?;
         let mut plan = ForwardPlan { config, arguments: Vec::new(), uploads: Vec::new(), tiles };
         plan.tensors(problem, strides)?;
@@ -228,7 +235,7 @@ impl ForwardPlan {
     pub fn check_address(&self, tensor: Tensor, address: u64) -> Result<(), PlanError> {
         let align = match tensor {
             Tensor::Q | Tensor::K | Tensor::V => 16,
-            Tensor::O if self.config.wide_stores => 8,
+            Tensor::O => 8,
             _ => 4,
         };
         if address.is_multiple_of(align) {
@@ -273,11 +280,13 @@ impl ForwardPlan {
             };
             self.arguments.push(argument);
         }
-        for (dim, stride) in o_strides(problem, strides) {
-            // Columns are stored in pairs.
-            if !stride.is_multiple_of(2) {
+        for ((dim, size), stride) in
+            ["batch", "seqlen", "heads"].into_iter().zip(problem.o_shape()).zip(strides.o)
+        {
+            // Columns are stored in fours.
+            if size > 1 && !stride.is_multiple_of(4) {
                 let got = format!("o with a {dim} stride of {stride} elements");
-                return unsupported(Feature::Stride, got, "an even number");
+                return unsupported(Feature::Stride, got, "a multiple of 4");
             }
         }
         self.arguments.extend([Tensor::O, Tensor::Lse, Tensor::Counter].map(Argument::Address));
@@ -433,7 +442,6 @@ fn configure(
         dropout,
         sinks: p.sinks,
         varlen: p.varlen.is_some(),
-        wide_stores: false,
     })
 }
 
@@ -453,12 +461,6 @@ fn count(p: &AttentionProblem, config: &FwdConfig) -> Result<u32, PlanError> {
             "fewer than 2^31",
         ),
     }
-}
-
-/// The strides of o that count: of dimensions with more than one index.
-fn o_strides(p: &AttentionProblem, strides: &Strides) -> impl Iterator<Item = (&'static str, usize)> {
-    let dims = ["batch", "seqlen", "heads"].into_iter().zip(strides.o).zip(p.o_shape());
-    dims.filter(|(_, size)| *size > 1).map(|(dim, _)| dim)
 }
 
 /// A stride in bytes, as TMA takes it.
@@ -528,7 +530,7 @@ mod tests {
         assert_eq!(seqlen, format!("{got} {expected} a multiple of 16 below 2^40"));
         let error = ForwardPlan::new(&p, &Strides { o: [0, 129, 64, 1], ..dense(&p) }).unwrap_err();
         let got = "stride: o with a seqlen stride of 129 elements";
-        assert_eq!(error.to_string(), format!("{got} {expected} an even number"));
+        assert_eq!(error.to_string(), format!("{got} {expected} a multiple of 4"));
         let error = plan(&p).check_address(Tensor::K, 0x1008).unwrap_err();
         assert_eq!(
             error.to_string(),

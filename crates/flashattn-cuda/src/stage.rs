@@ -1,12 +1,13 @@
 //! Tensors that the forward kernel cannot take where they lie: copied to a workspace before it, and o back after it.
 //!
-//! TMA reads q, k and v by strides and addresses that are multiples of 16 bytes; the kernel stores o in pairs of elements.
+//! TMA reads q, k and v by strides and addresses that are multiples of 16 bytes; the kernel stores o in fours of elements.
 //! What does not fit is *staged*: [`copy_rows`](crate::kernels::copy_rows) writes its rows, padded to 16 bytes, into the
 //! workspace. That costs the tensor's bytes twice more (a read and a write), a launch, and the workspace; never silently:
 //! [`StagedPlan::staged`] names the tensors. Everything else is read and written in place.
 
 use flashattn_spec::{AttentionProblem, DType};
 
+use crate::config::Tiles;
 use crate::kernels::{CopyConfig, CopyLaunch};
 use crate::plan::{Feature, ForwardPlan, PlanError, Strides, Tensor};
 
@@ -93,6 +94,18 @@ impl StagedPlan {
     /// # Errors
     /// As [`ForwardPlan::new`], but for strides and addresses.
     pub fn new(problem: &AttentionProblem, layout: &Layout) -> Result<StagedPlan, PlanError> {
+        StagedPlan::with_tiles(problem, layout, None)
+    }
+
+    /// As [`StagedPlan::new`], with other tiles than the tuning table's: see [`ForwardPlan::with_tiles`].
+    ///
+    /// # Errors
+    /// As [`StagedPlan::new`].
+    pub fn with_tiles(
+        problem: &AttentionProblem,
+        layout: &Layout,
+        tiles: Option<Tiles>,
+    ) -> Result<StagedPlan, PlanError> {
         problem.validate()?;
         let (p, s) = (problem, layout.strides);
         let shapes = [p.q_shape(), p.k_shape(), p.v_shape(), p.o_shape()];
@@ -117,7 +130,7 @@ impl StagedPlan {
             copies.push(staged.copy);
         }
         let [q, k, v, o] = strides;
-        let forward = ForwardPlan::new(problem, &Strides { q, k, v, o })?;
+        let forward = ForwardPlan::with_tiles(problem, &Strides { q, k, v, o }, tiles)?;
         let (after, before) = copies.into_iter().partition(|copy: &Copy| copy.tensor == Tensor::O);
         Ok(StagedPlan { forward, before, after, workspace, places })
     }
@@ -148,7 +161,7 @@ fn steps([b, n, h, _]: [usize; 4], [sb, sn, sh, _]: [usize; 4]) -> [u128; 3] {
 fn fits(tensor: Tensor, shape: [usize; 4], strides: [usize; 4], align: u64) -> bool {
     let steps = steps(shape, strides);
     match tensor {
-        Tensor::O => align >= 4 && steps.iter().all(|step| step % 4 == 0),
+        Tensor::O => align >= 8 && steps.iter().all(|step| step % 8 == 0),
         _ => align >= 16 && steps.iter().all(|&step| step % 16 == 0 && step < 1 << 40),
     }
 }
@@ -217,10 +230,10 @@ mod tests {
         let p = problem();
         let dense = Layout::dense(&p);
         let names = |layout: &Layout| StagedPlan::new(&p, layout).unwrap().staged().collect::<Vec<_>>();
-        // Heads of 72 bytes; v's have 128.
+        // Heads of 72 bytes; v's and o's have 128.
         assert_eq!(names(&dense), [Tensor::Q, Tensor::K]);
-        assert_eq!(names(&Layout { align: [16, 16, 8, 4], ..dense }), [Tensor::Q, Tensor::K, Tensor::V]);
-        assert_eq!(names(&Layout { align: [16, 16, 16, 2], ..dense }), [Tensor::Q, Tensor::K, Tensor::O]);
+        assert_eq!(names(&Layout { align: [16, 16, 8, 8], ..dense }), [Tensor::Q, Tensor::K, Tensor::V]);
+        assert_eq!(names(&Layout { align: [16, 16, 16, 4], ..dense }), [Tensor::Q, Tensor::K, Tensor::O]);
         let mut odd = dense;
         odd.strides.o[1] += 1;
         assert_eq!(names(&odd), [Tensor::Q, Tensor::K, Tensor::O]);

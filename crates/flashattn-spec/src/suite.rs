@@ -123,6 +123,9 @@ pub enum InputKind {
     Normal,
     /// Queries are 30 times as large, so that almost all of a row's weight is on one key.
     Large,
+    /// Keys grow along their sequence, 400-fold, in every other head, and shrink in the others: exponents far beyond what a
+    /// float holds on either side of a row's first, whichever end an executor begins at.
+    Growing,
     /// A few rows of this tensor hold a NaN (V: or ∞), which may reach the rows that see them and no others.
     NotFinite(Place),
 }

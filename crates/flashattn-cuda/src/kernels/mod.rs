@@ -1,10 +1,13 @@
 //! The kernels: pure functions from a config to a [`ptx::Kernel`].
 
+mod bwd_sm90;
 mod copy;
 mod fragment;
 mod fwd_sm90;
+mod global;
 mod philox;
 mod program;
 
+pub use bwd_sm90::{BwdConfig, Split, flash_bwd_sm90, flash_bwd_sm90_postprocess, flash_bwd_sm90_preprocess};
 pub use copy::{CopyConfig, CopyLaunch, copy_rows};
-pub use fwd_sm90::{FwdConfig, MaskKind, Stride, flash_fwd_sm90};
+pub use fwd_sm90::{FwdConfig, MaskKind, Stride, TableShape, flash_fwd_sm90};

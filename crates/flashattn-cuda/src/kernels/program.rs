@@ -51,6 +51,44 @@ pub struct Element<'k> {
     pub kv: Reg<'k, i32>,
 }
 
+/// A score mod at one element.
+pub struct GradientsAt<'k> {
+    /// Its value.
+    pub value: Reg<'k, f32>,
+    /// Its derivative with respect to the score.
+    pub d_score: Reg<'k, f32>,
+    /// For each table that wants a gradient: where it is added to, and the derivative.
+    pub tables: Vec<(Reg<'k, u64>, Reg<'k, f32>)>,
+}
+
+/// Of each table gradient of a program of gradients the four nodes of the index, and the derivative's.
+fn table_roots(program: &Program) -> &[[NodeId; 5]] {
+    program.roots().get(2..).map_or(&[], |roots| roots.as_chunks().0)
+}
+
+/// By what the element of a table differs to which a gradient is added, among the elements of a sequence and head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spread {
+    /// By query.
+    pub q: bool,
+    /// By key.
+    pub kv: bool,
+}
+
+/// The spread of each table gradient of a program, given which dimensions of its table have more than one index.
+pub fn spreads(program: &Program, shapes: &[[bool; 4]]) -> Vec<Spread> {
+    let spread = |(roots, shape): (&[NodeId; 5], &[bool; 4])| {
+        let mut spread = Spread { q: false, kv: false };
+        for (node, _) in roots.iter().zip(shape).filter(|(_, several)| **several) {
+            let deps = program.deps()[node.index()];
+            spread.q |= deps.contains(Var::Q) || deps.contains_score();
+            spread.kv |= deps.contains(Var::Kv) || deps.contains_score();
+        }
+        spread
+    };
+    table_roots(program).iter().zip(shapes).map(spread).collect()
+}
+
 /// A value of one of the language's types.
 #[derive(Clone, Copy, Debug)]
 enum Val<'k> {
@@ -87,7 +125,30 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
         self.to_bool(value)
     }
 
+    /// A score mod's value and derivatives at an element, of a program made by [`flashattn_spec::expr::Expr::gradients`];
+    /// `grads` are the gradients of the tables that want one, by their place in the program.
+    pub fn gradients(
+        &mut self,
+        element: &Element<'k>,
+        score: Reg<'k, f32>,
+        grads: &[TableArgs<'k>],
+    ) -> GradientsAt<'k> {
+        let own = self.values(element, Some(score));
+        let (first, tables) = (self.program.roots(), table_roots(self.program));
+        let tables = tables.iter().zip(grads).map(|(&[a, b, c, d, derivative], grad)| {
+            let at = self.table_offset(grad, [a, b, c, d].map(|i| own[&i]));
+            (at, self.to_float(own[&derivative]))
+        });
+        let tables = tables.collect();
+        GradientsAt { value: self.to_float(own[&first[0]]), d_score: self.to_float(own[&first[1]]), tables }
+    }
+
     fn root(&mut self, element: &Element<'k>, score: Option<Reg<'k, f32>>) -> Val<'k> {
+        self.values(element, score)[&self.program.roots()[0]]
+    }
+
+    /// Every node's value.
+    fn values(&mut self, element: &Element<'k>, score: Option<Reg<'k, f32>>) -> HashMap<NodeId, Val<'k>> {
         // Nodes are in topological order, so one pass suffices; those that depend on the score are kept for this element.
         let program = self.program;
         let mut own: HashMap<NodeId, Val<'k>> = HashMap::new();
@@ -106,7 +167,7 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
                 own.insert(id, value);
             }
         }
-        own[&program.roots()[0]]
+        own
     }
 
     fn node(

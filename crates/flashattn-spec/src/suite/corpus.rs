@@ -266,6 +266,14 @@ fn scales_and_inputs(b: &mut Builder, dtype: DType) {
         (p.mask, p.sinks) = (mask, true);
         b.push(format!("large/{name}/packed-sinks"), p).input = InputKind::Large;
     }
+    for (name, mask) in [("full", Mask::Full), ("causal", Mask::Causal), ("window", Mask::window(40, 9))] {
+        let mut p = b.problem(dtype);
+        p.mask = mask.clone();
+        b.push(format!("growing/{name}"), p).input = InputKind::Growing;
+        let mut p = b.packed(dtype);
+        (p.mask, p.sinks) = (mask, true);
+        b.push(format!("growing/{name}/packed-sinks"), p).input = InputKind::Growing;
+    }
     let mut p = b.problem(dtype);
     p.score_mod = ScoreMod::softcap(30.0);
     b.push("large/softcap".to_owned(), p).input = InputKind::Large;

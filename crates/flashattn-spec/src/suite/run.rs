@@ -127,6 +127,16 @@ impl<T: Element> Tensors<T> {
         let sinks = p.sinks.then(|| floats(p.heads_q));
         let d_lse = case.d_lse.then(|| floats(p.lse_len()));
         let mut tensors = Tensors { q, k, v, d_o, sinks, d_lse };
+        if case.input == InputKind::Growing {
+            let [batch, seqlen, heads, _] = p.k_shape();
+            for row in 0..batch * seqlen * heads {
+                let (place, head) = ((row / heads % seqlen) as f32 / seqlen as f32, row % heads);
+                let size = 1.0 + 400.0 * if head % 2 == 0 { place } else { 1.0 - place };
+                for x in tensors.k.row_mut(row).into_iter().flatten() {
+                    *x = T::from_f32(size * x.to_f32());
+                }
+            }
+        }
         if let InputKind::NotFinite(place) = case.input {
             let (memory, shape) = match place {
                 Place::Q => (&mut tensors.q, p.q_shape()),

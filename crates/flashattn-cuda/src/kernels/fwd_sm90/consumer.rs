@@ -19,7 +19,7 @@ pub(super) struct OnlineSoftmax<'k> {
     pub row_sum: [Reg<'k, f32>; 2],
     /// Whether the next block's row maxima are looked at.
     look: Reg<'k, bool>,
-    /// Whether a row of the warp has a new reference, and by what O is to be multiplied then.
+    /// Whether a row of the warp has a new reference, and the root of what O is to be multiplied by then.
     moved: Reg<'k, bool>,
     factor: [Reg<'k, f32>; 2],
 }
@@ -453,9 +453,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             let new = level.max(row_max[half]);
             // Of a row that has seen nothing yet there is nothing to rescale (and −∞ − −∞ is no number).
             let nothing = new.eq(f32::NEG_INFINITY);
-            factor[half].set(nothing.select(1.0, (reference[half] - new).exp2()));
+            // In two halves: 2⁻¹²⁷ is no normal number, while a sum may be 2¹²⁷.
+            factor[half].set(nothing.select(1.0, ((reference[half] - new) * 0.5).exp2()));
             reference[half].set(new);
-            row_sum[half].set(row_sum[half] * factor[half]);
+            row_sum[half].set(row_sum[half] * factor[half] * factor[half]);
         }
     }
 
@@ -475,7 +476,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn rescale(&self) {
         self.k.if_(self.softmax.moved, || {
             for (i, &o) in self.o.registers.iter().enumerate() {
-                o.set(o * self.softmax.factor[Fragment::half(i)]);
+                let factor = self.softmax.factor[Fragment::half(i)];
+                o.set(o * factor * factor);
             }
         });
     }
@@ -504,10 +506,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             // The four threads of a row hold the same; the one with column 0 writes.
             k.when(self.column.eq(0) & exists, || (lse + row.to_u64() * 4).address().store(end.lse));
             let at = (o + row.to_u64() * params.o_strides[1] * 2).address();
-            let chunk = if config.wide_stores { 4 } else { 2 };
-            for (i, columns) in registers.chunks(chunk).enumerate() {
-                let first = 4 * chunk as u32 * i as u32;
-                if config.wide_stores && first + 16 <= config.head_dim_v {
+            for (i, columns) in registers.chunks(4).enumerate() {
+                let first = 16 * i as u32;
+                if first + 16 <= config.head_dim_v {
                     self.store_wide(at.at(2 * first as i32), columns, exists);
                 } else {
                     for (j, pair) in columns.chunks(2).enumerate() {

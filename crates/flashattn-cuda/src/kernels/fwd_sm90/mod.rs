@@ -86,8 +86,6 @@ pub struct FwdConfig {
     pub sinks: bool,
     /// Whether sequences are packed.
     pub varlen: bool,
-    /// Whether O is stored four columns at once: its rows, heads and sequences begin at multiples of 8 bytes.
-    pub wide_stores: bool,
 }
 
 /// Shared memory of a block, less what barriers and numbers take.

@@ -1,0 +1,368 @@
+//! A consumer warpgroup.
+
+use ptx::build::{Address, Builder, Half, Reg};
+use ptx::instr::Order;
+use ptx::{B32, Descriptor, Fragment, TileLayout, WgmmaA};
+
+use super::work::{Work, WorkItem};
+use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
+
+/// Named barriers: both warpgroups' dS is there; and each warpgroup's own.
+const SCORES: u32 = 1;
+const OWN: u32 = 2;
+
+/// The block at hand: nothing of it stays in registers, of which there are none to spare.
+#[derive(Clone, Copy)]
+pub(super) struct Block<'k> {
+    /// Stage of Q, of dO, and of P and dS.
+    stage: Reg<'k, u32>,
+}
+
+/// What the producer told of a block.
+pub(super) struct About<'k> {
+    pub m_block: Reg<'k, u32>,
+    /// Whether some row sees a part of the keys only.
+    pub partial: Reg<'k, bool>,
+    /// Query head.
+    pub head: Reg<'k, u32>,
+    /// Items before this one that add to its dQ.
+    rank: Reg<'k, u32>,
+    /// Number of the tile of queries.
+    tile: Reg<'k, u32>,
+}
+
+/// A consumer warpgroup: its place and its operands.
+pub(super) struct Consumer<'a, 'k, H> {
+    pub k: &'k Builder,
+    pub config: &'a BwdConfig,
+    pub params: &'a Params<'k>,
+    pub work: &'a Work<'a, 'k>,
+    shared: &'a Shared<'k>,
+    pub lane: Reg<'k, u32>,
+    /// Which consumer, from 0.
+    pub group: Reg<'k, u32>,
+    /// The thread's first key and query in a block: row and column of its transposed scores.
+    pub key: Reg<'k, u32>,
+    pub query: Reg<'k, u32>,
+    /// Sᵀ, then Pᵀ; dPᵀ, then dSᵀ; and both as operands.
+    pub s: Fragment<'k>,
+    pub dp: Fragment<'k>,
+    pub p: Vec<[Reg<'k, H>; 4]>,
+    pub ds: Vec<[Reg<'k, H>; 4]>,
+    pub dk: Fragment<'k>,
+    pub dv: Fragment<'k>,
+    dq: Fragment<'k>,
+}
+
+impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
+    pub fn new(work: &'a Work<'a, 'k>, shared: &'a Shared<'k>, warp: Reg<'k, u32>) -> Self {
+        let (k, config, params) = (work.k, work.config, work.params);
+        let fragments = |steps: u32| (0..steps).map(|_| [k.reg(), k.reg(), k.reg(), k.reg()]).collect();
+        let (group, columns) = ((warp >> 2) - 1, config.score_columns());
+        let [keys, queries] = match config.split {
+            Split::Keys => [group * 64, k.var(0u32)],
+            Split::Columns => [k.var(0u32), group * columns],
+        };
+        Consumer {
+            k,
+            config,
+            params,
+            work,
+            shared,
+            lane: k.lane(),
+            group,
+            key: keys + Fragment::row(k),
+            query: queries + Fragment::column(k),
+            s: Fragment::new(k, columns),
+            dp: Fragment::new(k, columns),
+            p: fragments(columns / 16),
+            ds: fragments(columns / 16),
+            dk: Fragment::new(k, config.dk_columns()),
+            dv: Fragment::new(k, config.dv_columns()),
+            dq: Fragment::new(k, config.dq_columns()),
+        }
+    }
+
+    /// The algorithm.
+    pub fn run(&self) {
+        let (k, shared) = (self.k, self.shared);
+        // Of one stage only the phase changes.
+        let (k_state, v_state) = (shared.k_pipeline.start(k), shared.v_pipeline.start(k));
+        // Both pipelines of queries walk in step.
+        let state = shared.q_pipeline.start(k);
+        let block = Block { stage: k.var(0u32) };
+        let products = || {
+            k.bar_sync(SCORES, 128 * CONSUMERS);
+            k.wgmma_fence();
+            if self.config.split == Split::Columns {
+                self.d_values(&block);
+            }
+            self.d_queries(&block);
+            k.wgmma_commit();
+            self.d_keys(&block);
+            k.wgmma_commit();
+            k.wgmma_wait(1);
+            shared.do_pipeline.consumer_release(k, block.stage, self.lane);
+            self.add_dq(&block);
+            k.wgmma_wait(0);
+            shared.q_pipeline.consumer_release(k, block.stage, self.lane);
+        };
+        let values = || {
+            if self.config.split == Split::Keys && !self.values_early() {
+                self.pack_and_issue_values(&block);
+            }
+        };
+        k.loop_(|| {
+            shared.k_pipeline.consumer_wait(k, k_state);
+            let item = self.work.told(shared);
+            k.break_if(item.exists.eq(0));
+            for &r in self.dk.registers.iter().chain(&self.dv.registers) {
+                r.set(0.0);
+            }
+            let left = k.var(item.blocks);
+            k.if_(left.ne(0), || {
+                shared.q_pipeline.consumer_wait(k, state);
+                k.wgmma_fence();
+                self.scores(state.index);
+                k.wgmma_commit();
+                shared.v_pipeline.consumer_wait(k, v_state);
+                k.loop_(|| {
+                    block.stage.set(state.index);
+                    shared.do_pipeline.consumer_wait(k, state);
+                    k.wgmma_fence();
+                    self.d_probabilities(&block);
+                    k.wgmma_commit();
+                    self.gradients_of_scores(&block);
+                    state.advance();
+                    left.set(left - 1);
+                    k.break_if(left.eq(0));
+                    shared.q_pipeline.consumer_wait(k, state);
+                    // After the wait's loop, across which ptxas moves no conversions to where registers are scarce.
+                    values();
+                    k.wgmma_fence();
+                    self.scores(state.index);
+                    k.wgmma_commit();
+                    // dV has its operand in registers, which dQ' needs.
+                    k.wgmma_wait(1);
+                    products();
+                });
+                values();
+                k.wgmma_wait(0);
+                products();
+                shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                v_state.phase.set(v_state.phase ^ 1);
+            });
+            let item = self.work.told(shared);
+            k.sync_warp();
+            shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+            k_state.phase.set(k_state.phase ^ 1);
+            self.write(&item);
+        });
+    }
+
+    /// P and dS as operands, and both where the products need them. On entry S and dP are in flight, the older first.
+    fn gradients_of_scores(&self, block: &Block<'k>) {
+        let (k, config, shared) = (self.k, self.config, self.shared);
+        let at = block.stage * config.scores().bytes();
+        if config.programs() {
+            k.wgmma_wait(0);
+            self.elements(block);
+        } else if self.values_early() {
+            k.wgmma_wait(1);
+            self.probabilities(block);
+            self.pack_and_issue_values(block);
+            k.wgmma_wait(1);
+            self.d_scores(block);
+        } else {
+            k.wgmma_wait(1);
+            self.probabilities(block);
+            k.wgmma_wait(0);
+            self.d_scores(block);
+        }
+        self.store(&self.ds, shared.ds + at);
+        if config.split == Split::Columns {
+            self.pack(&self.s, &self.p);
+            self.store(&self.p, shared.p + at);
+        }
+        k.fence_proxy_async();
+    }
+
+    /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
+    fn values_early(&self) -> bool {
+        // With packed sequences the producers keep more, and leave fewer.
+        let few = self.config.programs() || self.config.varlen;
+        self.config.split == Split::Keys && self.config.tile_m == 64 && !few
+    }
+
+    /// Issues dV with P as an operand in registers.
+    fn pack_and_issue_values(&self, block: &Block<'k>) {
+        self.pack(&self.s, &self.p);
+        self.k.wgmma_fence();
+        self.d_values(block);
+        self.k.wgmma_commit();
+    }
+
+    /// What the producer told of a block.
+    pub fn about(&self, block: &Block<'k>) -> About<'k> {
+        let [m_block, head, rank, tile] = (self.shared.block + block.stage * 16).load_vec::<u32, 4>();
+        About { m_block: m_block & 0x7fff_ffff, partial: m_block.ge(0x8000_0000), head, rank, tile }
+    }
+
+    /// The item at hand.
+    pub fn item(&self) -> WorkItem<'k> {
+        self.work.told(self.shared)
+    }
+
+    /// Stats of a block's rows.
+    pub fn stats(&self, block: &Block<'k>) -> Address<'k, u32> {
+        self.shared.stats + (block.stage * self.config.stats_bytes() + self.query * 4)
+    }
+
+    /// The tile from the warpgroup's half of its columns on, if they are split.
+    fn half_columns(&self, tile: Address<'k, u32>, layout: &TileLayout) -> Address<'k, u32> {
+        tile + self.group * (layout.panels() / 2 * layout.panel_bytes())
+    }
+
+    /// The tile from the warpgroup's rows on, if keys are split; and from its queries.
+    fn own_rows(&self, tile: Address<'k, u32>) -> Address<'k, u32> {
+        if self.config.split == Split::Keys { tile + self.group * (64 * 128) } else { tile }
+    }
+
+    fn product(
+        &self,
+        d: &Fragment<'k>,
+        a: Descriptor<'k>,
+        b: Descriptor<'k>,
+        [transpose_a, transpose_b]: [bool; 2],
+        steps: u32,
+        first: bool,
+    ) {
+        let shape = self.config.shape(d.columns(), transpose_a, transpose_b);
+        for step in 0..steps {
+            let a = WgmmaA::<B32>::Shared(a.step(step));
+            self.k.wgmma(shape, &d.registers, a, b.step(step), !first || step != 0);
+        }
+    }
+
+    /// Sᵀ-shaped product of a tile of keys and a stage of queries.
+    fn transposed_scores(
+        &self,
+        d: &Fragment<'k>,
+        keys: (Address<'k, u32>, TileLayout),
+        queries: (Address<'k, u32>, TileLayout),
+        dim: u32,
+    ) {
+        let own = match self.config.split {
+            Split::Keys => queries.0,
+            Split::Columns => queries.0 + self.group * (self.config.score_columns() * 128),
+        };
+        let (a, b) = (keys.1.k_major(self.own_rows(keys.0)), queries.1.k_major(own));
+        self.product(d, a, b, [false, false], dim.div_ceil(16), true);
+    }
+
+    /// Issues Sᵀ = K·Qᵀ.
+    fn scores(&self, stage: Reg<'k, u32>) {
+        let (config, shared) = (self.config, self.shared);
+        let queries = shared.q + stage * config.q().bytes();
+        self.transposed_scores(&self.s, (shared.k, config.k()), (queries, config.q()), config.head_dim);
+    }
+
+    /// Issues dPᵀ = V·dOᵀ.
+    fn d_probabilities(&self, block: &Block<'k>) {
+        let (config, shared) = (self.config, self.shared);
+        let d_o = shared.d_o + block.stage * config.d_o().bytes();
+        self.transposed_scores(&self.dp, (shared.v, config.v()), (d_o, config.d_o()), config.head_dim_v);
+    }
+
+    /// Issues d += operandᵀ·rows, for dV and dK: `tile` is the operand in shared memory, `operand` in registers.
+    fn accumulate(
+        &self,
+        d: &Fragment<'k>,
+        operand: &[[Reg<'k, H>; 4]],
+        tile: Address<'k, u32>,
+        rows: (Address<'k, u32>, TileLayout),
+    ) {
+        let (k, config) = (self.k, self.config);
+        match config.split {
+            Split::Keys if std::ptr::eq(d, &self.dk) => {
+                let (a, b) = (config.scores().k_major(self.own_rows(tile)), rows.1.mn_major(rows.0));
+                self.product(d, a, b, [false, true], config.tile_m / 16, false);
+            }
+            Split::Keys => {
+                let (b, shape) = (rows.1.mn_major(rows.0), config.shape(d.columns(), false, true));
+                for (step, operand) in operand.iter().enumerate() {
+                    k.wgmma(shape, &d.registers, WgmmaA::Registers(operand), b.step(step as u32), true);
+                }
+            }
+            Split::Columns => {
+                let (a, b) =
+                    (config.scores().k_major(tile), rows.1.mn_major(self.half_columns(rows.0, &rows.1)));
+                self.product(d, a, b, [false, true], config.tile_m / 16, false);
+            }
+        }
+    }
+
+    /// Issues dV += Pᵀ·dO.
+    fn d_values(&self, block: &Block<'k>) {
+        let (config, shared) = (self.config, self.shared);
+        let d_o = shared.d_o + block.stage * config.d_o().bytes();
+        let p = shared.p + block.stage * config.scores().bytes();
+        self.accumulate(&self.dv, &self.p, p, (d_o, config.d_o()));
+    }
+
+    /// Issues dK += dSᵀ·Q.
+    fn d_keys(&self, block: &Block<'k>) {
+        let (config, shared) = (self.config, self.shared);
+        let q = shared.q + block.stage * config.q().bytes();
+        let ds = shared.ds + block.stage * config.scores().bytes();
+        self.accumulate(&self.dk, &self.ds, ds, (q, config.q()));
+    }
+
+    /// Issues dQ' = dS·K.
+    fn d_queries(&self, block: &Block<'k>) {
+        let (config, shared, layout) = (self.config, self.shared, self.config.scores());
+        let ds = shared.ds + block.stage * layout.bytes();
+        let (a, b, steps) = match config.dq_part() {
+            DqPart::Queries => (ds + self.group * layout.panel_bytes(), shared.k, config.tile_n() / 16),
+            DqPart::Columns => (ds, self.half_columns(shared.k, &config.k()), config.tile_n() / 16),
+            DqPart::Keys => (self.own_rows(ds), self.own_rows(shared.k), 4),
+        };
+        let (a, b) = (layout.mn_major(a), config.k().mn_major(b));
+        self.product(&self.dq, a, b, [true, true], steps, true);
+    }
+
+    /// Adds dQ' to the sums in global memory.
+    fn add_dq(&self, block: &Block<'k>) {
+        let (k, config, params) = (self.k, self.config, self.params);
+        let About { tile, rank, .. } = self.about(block);
+        let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
+        let thread = k.tid(0) & 127;
+        let part_bytes = 64 * config.dq_columns() * 4;
+        let at = tile.mad_wide(config.dq_sum_bytes(), params.dq_sums);
+        let at = (at + (part * part_bytes + thread * 16).to_u64()).address();
+        let semaphore = params.semaphores.map(|semaphores| {
+            let (first, rank) = match config.dq_part() {
+                DqPart::Keys => (tile * BwdConfig::SEMAPHORES, rank * CONSUMERS + self.group),
+                _ => (tile * BwdConfig::SEMAPHORES + self.group, rank),
+            };
+            (first.mad_wide(4, semaphores).address(), rank)
+        });
+        if let Some((semaphore, rank)) = semaphore {
+            k.if_(thread.eq(0), || {
+                k.loop_(|| {
+                    let [added] = semaphore.load_as::<u32, 1>(Order::Acquire, ptx::instr::Cache::Default);
+                    k.break_if(added.eq(rank));
+                });
+            });
+            k.bar_sync(self.group + OWN, 128);
+        }
+        for (j, four) in self.dq.registers.as_chunks::<4>().0.iter().enumerate() {
+            at.at(128 * 16 * j as i32).red_add_vec(*four);
+        }
+        if let Some((semaphore, rank)) = semaphore {
+            k.fence_acq_rel();
+            k.bar_sync(self.group + OWN, 128);
+            k.when(thread.eq(0), || semaphore.store_as([rank + 1], Order::Release));
+        }
+    }
+}

@@ -1,0 +1,479 @@
+//! Attention backward on Hopper: the paper's algorithm 4 (Dao et al. 2022), keys outside and queries inside, spread over
+//! warpgroups as FlashAttention-3 (Shah et al. 2024) does it.
+//!
+//! ```text
+//! preprocess, a block for each (m_block, head, batch):
+//!     stats = −lse·log2(e) and D = rowsum(dO ∘ O) − dlse;  dQ' = 0;  a sum for the sink's gradient
+//! main, as many blocks as multiprocessors; each takes items (n_block, KV head, batch) from a counter:
+//!   producer (one thread):  K, V; then for each query head of the group, for each m_block that sees the keys:
+//!                           Q with its stats, and dO, each into stages of its own
+//!   consumers (two warpgroups), for each of these:
+//!       Sᵀ = K·Qᵀ                               (issued while the m_block before was at its dQ and dK)
+//!       dPᵀ = V·dOᵀ;  Pᵀ = exp2(scale·Sᵀ − lse) meanwhile
+//!       dV += Pᵀ·dO;  dSᵀ = Pᵀ ∘ (dPᵀ − D) meanwhile, to shared memory for both
+//!       dQ' += dS·K, added to global memory in f32;  dK += dSᵀ·Q
+//!     dK·scale, dV
+//! postprocess, a block for each (m_block, head, batch):  dQ = scale·dQ'
+//! ```
+//!
+//! Departures from FlashAttention-3, and why:
+//! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
+//!    warpgroups wait for each other's dS.
+//! 2. *dQ' goes from registers to global memory* by reductions of 16 bytes a thread, 512 bytes in a row a warp: its layout is
+//!    our own, that of the accumulator's fragments. That takes two trips through shared memory, whose bandwidth is what
+//!    the products of 64 rows need most.
+//! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
+//!    deterministic.
+//! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
+//!    of the columns of each gradient.
+//!
+//! What a row does not see reaches it neither through the products (0 · NaN) nor otherwise: see `exact.rs`.
+
+mod consumer;
+mod elements;
+mod exact;
+mod output;
+mod postprocess;
+mod preprocess;
+mod work;
+
+use flashattn_spec::expr::Program;
+use ptx::build::{Address, Builder, Half, Reg};
+use ptx::instr::{Accumulator, Element, WgmmaShape};
+use ptx::{BF16x2, F16x2, Kernel, Pipeline, Target, TensorMap, TileLayout, build};
+
+use super::fwd_sm90::{MaskKind, Stride, TableShape};
+use super::global::GlobalTensor;
+use super::program::TableArgs;
+use consumer::Consumer;
+use work::{Loads, Work};
+
+/// Consumer warpgroups.
+pub(crate) const CONSUMERS: u32 = 2;
+
+/// What the two consumer warpgroups share out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Split {
+    /// The keys: 64 of 128 each, with all columns of dK and dV. P and dS are A operands in registers.
+    Keys,
+    /// The columns of dK, dV and dQ, half each, of the same 64 keys; and the queries of S and dP. P and dS go through
+    /// shared memory.
+    Columns,
+}
+
+/// Which part of a block's dQ a warpgroup has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DqPart {
+    /// 64 of 128 queries.
+    Queries,
+    /// Half of the columns.
+    Columns,
+    /// All of it, of its own keys: the two are added up.
+    Keys,
+}
+
+/// Everything the emitted kernels depend on: equal configs give equal PTX.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BwdConfig {
+    /// Element type of the tensors: bf16 or f16.
+    pub element: Element,
+    /// Elements of a row of q and k, at most 256.
+    pub head_dim: u32,
+    /// Elements of a row of v and o, at most 256.
+    pub head_dim_v: u32,
+    /// Queries of a block: 64, or 128 with [`Split::Keys`].
+    pub tile_m: u32,
+    /// What the warpgroups share out.
+    pub split: Split,
+    /// Stages of the Q and of the dO pipeline.
+    pub stages: u32,
+    /// Visible blocks.
+    pub mask: MaskKind,
+    /// The mask, with [`MaskKind::Blocks`], and its tables.
+    pub mask_program: Option<(Program, Vec<TableShape>)>,
+    /// The score mod's value and derivatives ([`flashattn_spec::expr::Expr::gradients`]), and its tables.
+    pub score_mod: Option<(Program, Vec<TableShape>)>,
+    /// For each table gradient of the score mod's program, in order, the shape of its table, and which of the gradients
+    /// given it is added to.
+    pub table_grads: Vec<(TableShape, usize)>,
+    /// Whether probabilities are dropped out.
+    pub dropout: bool,
+    /// Whether there are sinks, which have a gradient.
+    pub sinks: bool,
+    /// Whether the loss has a gradient through lse.
+    pub d_lse: bool,
+    /// Whether sequences are packed.
+    pub varlen: bool,
+    /// Whether rows of gradients that are not finite are computed again from what they depend on alone.
+    pub repair: bool,
+    /// Whether dQ is added up in a fixed order.
+    pub deterministic: bool,
+}
+
+impl BwdConfig {
+    /// Keys of a block.
+    pub const fn tile_n(&self) -> u32 {
+        match self.split {
+            Split::Keys => 128,
+            Split::Columns => 64,
+        }
+    }
+
+    fn dq_part(&self) -> DqPart {
+        match self.split {
+            Split::Columns => DqPart::Columns,
+            Split::Keys if self.tile_m == 128 => DqPart::Queries,
+            Split::Keys if self.head_dim > 64 => DqPart::Columns,
+            Split::Keys => DqPart::Keys,
+        }
+    }
+
+    /// Whether P and dS are computed element by element once both products are there, instead of one after the other.
+    fn programs(&self) -> bool {
+        self.mask_program.is_some() || self.score_mod.is_some() || self.dropout
+    }
+
+    /// Registers a thread of the producers and of a consumer (`setmaxnreg`).
+    fn registers(&self) -> (u8, u8) {
+        // Lists of blocks and packed sequences are more for the producers to keep.
+        if self.varlen || self.programs() { (40, 232) } else { (24, 240) }
+    }
+
+    fn layout(&self, rows: u32, columns: u32, halved: bool) -> TileLayout {
+        // Halves are whole panels.
+        TileLayout::new(rows, columns.next_multiple_of(if halved { 128 } else { 64 }), self.element)
+    }
+
+    fn q(&self) -> TileLayout {
+        self.layout(self.tile_m, self.head_dim, self.dq_part() == DqPart::Columns)
+    }
+
+    fn k(&self) -> TileLayout {
+        self.layout(self.tile_n(), self.head_dim, self.dq_part() == DqPart::Columns)
+    }
+
+    fn v(&self) -> TileLayout {
+        self.layout(self.tile_n(), self.head_dim_v, self.split == Split::Columns)
+    }
+
+    fn d_o(&self) -> TileLayout {
+        self.layout(self.tile_m, self.head_dim_v, self.split == Split::Columns)
+    }
+
+    /// Pᵀ and dSᵀ.
+    fn scores(&self) -> TileLayout {
+        TileLayout::new(self.tile_n(), self.tile_m, self.element)
+    }
+
+    /// Columns of a warpgroup's Sᵀ and dPᵀ, of its dK, dV and dQ.
+    fn score_columns(&self) -> u32 {
+        if self.split == Split::Columns { self.tile_m / 2 } else { self.tile_m }
+    }
+
+    fn dk_columns(&self) -> u32 {
+        if self.split == Split::Columns { self.k().columns / 2 } else { self.head_dim.next_multiple_of(16) }
+    }
+
+    fn dv_columns(&self) -> u32 {
+        if self.split == Split::Columns { self.v().columns / 2 } else { self.head_dim_v.next_multiple_of(16) }
+    }
+
+    fn dq_columns(&self) -> u32 {
+        match self.dq_part() {
+            DqPart::Columns => self.k().columns / 2,
+            DqPart::Queries | DqPart::Keys => self.head_dim.next_multiple_of(16),
+        }
+    }
+
+    /// Warpgroups that have a dQ' of their own in a tile's.
+    fn dq_parts(&self) -> u32 {
+        if self.dq_part() == DqPart::Keys { 1 } else { CONSUMERS }
+    }
+
+    /// Bytes of dQ' of a (sequence, head, m_block).
+    pub fn dq_sum_bytes(&self) -> u32 {
+        self.dq_parts() * 64 * self.dq_columns() * 4
+    }
+
+    /// Bytes of the stats of a (sequence, head, m_block): −lse in base 2 of its rows, then their D.
+    pub const fn stats_bytes(&self) -> u32 {
+        2 * 4 * self.tile_m
+    }
+
+    /// Semaphores of a (sequence, head, m_block): how many have added their dQ.
+    pub(crate) const SEMAPHORES: u32 = CONSUMERS;
+
+    /// Tensor maps of q, k, v and do: `shapes` are (head_dim, seqlen, heads, batch).
+    pub fn tensor_maps(&self, shapes: [[u64; 4]; 4], strides: [Stride; 4]) -> [TensorMap; 4] {
+        let layouts = [self.q(), self.k(), self.v(), self.d_o()];
+        [0, 1, 2, 3].map(|i| layouts[i].tensor_map(layouts[i].rows, &shapes[i], &strides[i]))
+    }
+
+    fn shape(&self, n: u32, transpose_a: bool, transpose_b: bool) -> WgmmaShape {
+        let (a, d) = (self.element, Accumulator::F32);
+        WgmmaShape { n, a, b: a, d, a_in_registers: false, transpose_a, transpose_b }
+    }
+
+    fn name(&self, part: &str) -> String {
+        let element = if self.element == Element::F16 { "f16" } else { "bf16" };
+        let mask = match self.mask {
+            MaskKind::Band { left: false, right: false } => "full",
+            MaskKind::Band { left: false, right: true } => "causal",
+            MaskKind::Band { .. } => "local",
+            MaskKind::Blocks => "blocks",
+        };
+        format!("flash_bwd_sm90{part}_{element}_{}_{}_{mask}", self.head_dim, self.head_dim_v)
+    }
+}
+
+/// Parameters that a launch gives, the same of the three kernels, in this order: tensor maps `q`, `k`, `v`, `do`; then as
+/// the fields here (those of options only where the config has them; of a table its address and the sizes of its
+/// dimensions that are not 1).
+struct Params<'k> {
+    /// Tensor maps.
+    pub maps: [Address<'k, u64>; 4],
+    pub q: GlobalTensor<'k>,
+    pub k: GlobalTensor<'k>,
+    pub v: GlobalTensor<'k>,
+    pub o: GlobalTensor<'k>,
+    pub d_o: GlobalTensor<'k>,
+    pub dq: GlobalTensor<'k>,
+    pub dk: GlobalTensor<'k>,
+    pub dv: GlobalTensor<'k>,
+    /// f32, and its gradient, with strides of batch and head in elements.
+    pub lse: Reg<'k, u64>,
+    pub d_lse: Option<Reg<'k, u64>>,
+    pub lse_strides: [Reg<'k, u64>; 2],
+    /// dQ', in tiles of [`BwdConfig::dq_sum_bytes`] by (head, tile): for each warpgroup with a part of its own its fragment,
+    /// four registers of each thread at a time.
+    pub dq_sums: Reg<'k, u64>,
+    /// In tiles of [`BwdConfig::stats_bytes`].
+    pub stats: Reg<'k, u64>,
+    /// One u32, zero before the launch and after it.
+    pub counter: Reg<'k, u64>,
+    /// [`BwdConfig::SEMAPHORES`] u32 a tile.
+    pub semaphores: Option<Reg<'k, u64>>,
+    /// Logits and their gradient, f32 by query head; f32 by tile.
+    pub sinks: Option<[Reg<'k, u64>; 3]>,
+    /// Lengths; the longest, if packed.
+    pub seqlen_q: Reg<'k, u32>,
+    pub seqlen_k: Reg<'k, u32>,
+    pub heads_q: Reg<'k, u32>,
+    pub heads_kv: Reg<'k, u32>,
+    pub batch: Reg<'k, u32>,
+    /// (KV head, sequence) pairs that walk along together.
+    pub head_group: Reg<'k, u32>,
+    /// Tiles of queries of all sequences of a head.
+    pub tiles: Reg<'k, u32>,
+    /// softmax_scale.
+    pub scale: Reg<'k, f32>,
+    /// Reach of the band to the left and right.
+    pub band: [Option<Reg<'k, i32>>; 2],
+    /// For each (sequence, head, n_block) four u32: first run, runs, blocks, 0; and the runs as four u32 each: first m_block
+    /// (bit 31: seen in part), one past the last, how many n_blocks before this one the first is seen by, 0.
+    pub rows: Option<[Reg<'k, u64>; 2]>,
+    pub mask_tables: Vec<TableArgs<'k>>,
+    pub score_tables: Vec<TableArgs<'k>>,
+    /// Where table gradients are added, in the config's order.
+    pub table_grads: Vec<TableArgs<'k>>,
+    pub dropout: Option<Dropout<'k>>,
+    /// cu_seqlens of q and k (i32).
+    pub cu_seqlens: Option<[Reg<'k, u64>; 2]>,
+}
+
+/// What dropout needs.
+struct Dropout<'k> {
+    /// Low and high half.
+    pub seed: [Reg<'k, u32>; 2],
+    /// Words below it drop.
+    pub threshold: Reg<'k, u32>,
+    /// 1 / (1 − p).
+    pub keep_scale: Reg<'k, f32>,
+}
+
+impl<'k> Params<'k> {
+    fn new(k: &'k Builder, config: &BwdConfig) -> Self {
+        let maps = ["q", "k", "v", "do"].map(|name| k.param_tensor_map(name));
+        let tensors = ["q", "k", "v", "o", "do", "dq", "dk", "dv"];
+        let [q, keys, v, o, d_o, dq, dk, dv] = tensors.map(|name| GlobalTensor::param(k, name));
+        let pointer = |name: &str| k.param_ptr(name);
+        let lse = pointer("lse");
+        let d_lse = config.d_lse.then(|| pointer("d_lse"));
+        let lse_strides = ["lse_batch", "lse_head"].map(pointer);
+        let [dq_sums, stats, counter] = ["dq_sums", "stats", "counter"].map(pointer);
+        let semaphores = config.deterministic.then(|| pointer("semaphores"));
+        let sinks = config.sinks.then(|| ["sinks", "d_sinks", "sink_sums"].map(pointer));
+        let names = ["seqlen_q", "seqlen_k", "heads_q", "heads_kv", "batch", "head_group", "tiles"];
+        let [seqlen_q, seqlen_k, heads_q, heads_kv, batch, head_group, tiles] =
+            names.map(|name| k.param_u32(name));
+        let scale = k.param_f32("scale");
+        let band = match config.mask {
+            MaskKind::Band { left, right } => {
+                [left.then(|| k.param_s32("window_left")), right.then(|| k.param_s32("window_right"))]
+            }
+            MaskKind::Blocks => [None, None],
+        };
+        let rows = (config.mask == MaskKind::Blocks).then(|| ["rows", "runs"].map(pointer));
+        let mask_tables = tables(k, "mask", &config.mask_program);
+        let score_tables = tables(k, "score", &config.score_mod);
+        // Of one table several elements may be read.
+        let count = config.table_grads.iter().map(|&(_, at)| at + 1).max().unwrap_or(0);
+        let given: Vec<TableArgs<'_>> = (0..count)
+            .map(|i| {
+                let shape =
+                    config.table_grads.iter().find(|&&(_, at)| at == i).map_or([false; 4], |&(s, _)| s);
+                table(k, &format!("d_table{i}"), &shape)
+            })
+            .collect();
+        let table_grads = config.table_grads.iter().map(|&(_, at)| given[at]).collect();
+        let dropout = config.dropout.then(|| {
+            let seed = ["seed_low", "seed_high"].map(|name| k.param_u32(name));
+            Dropout { seed, threshold: k.param_u32("threshold"), keep_scale: k.param_f32("keep_scale") }
+        });
+        let cu_seqlens = config.varlen.then(|| ["cu_seqlens_q", "cu_seqlens_k"].map(pointer));
+        Params {
+            maps,
+            q,
+            k: keys,
+            v,
+            o,
+            d_o,
+            dq,
+            dk,
+            dv,
+            lse,
+            d_lse,
+            lse_strides,
+            dq_sums,
+            stats,
+            counter,
+            semaphores,
+            sinks,
+            seqlen_q,
+            seqlen_k,
+            heads_q,
+            heads_kv,
+            batch,
+            head_group,
+            tiles,
+            scale,
+            band,
+            rows,
+            mask_tables,
+            score_tables,
+            table_grads,
+            dropout,
+            cu_seqlens,
+        }
+    }
+}
+
+fn table<'k>(k: &'k Builder, name: &str, shape: &TableShape) -> TableArgs<'k> {
+    TableArgs {
+        data: k.param_ptr(name),
+        dims: [0, 1, 2, 3].map(|d| shape[d].then(|| k.param_u32(&format!("{name}_dim{d}")))),
+    }
+}
+
+fn tables<'k>(k: &'k Builder, of: &str, program: &Option<(Program, Vec<TableShape>)>) -> Vec<TableArgs<'k>> {
+    let shapes = program.iter().flat_map(|(_, shapes)| shapes).enumerate();
+    shapes.map(|(i, shape)| table(k, &format!("{of}_table{i}"), shape)).collect()
+}
+
+/// Shared memory and barriers of the main kernel.
+struct Shared<'k> {
+    pub k: Address<'k, u32>,
+    pub v: Address<'k, u32>,
+    pub q: Address<'k, u32>,
+    pub d_o: Address<'k, u32>,
+    /// dSᵀ by stage, so that one can be written while the other warpgroup still reads the one before; and Pᵀ, with
+    /// [`Split::Columns`].
+    pub ds: Address<'k, u32>,
+    pub p: Address<'k, u32>,
+    /// Stats by stage of Q.
+    pub stats: Address<'k, u32>,
+    /// The item that K and V belong to.
+    pub item: Address<'k, u32>,
+    /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, how many add to its dQ before, tile.
+    pub block: Address<'k, u32>,
+    pub k_pipeline: Pipeline<'k>,
+    pub v_pipeline: Pipeline<'k>,
+    pub q_pipeline: Pipeline<'k>,
+    pub do_pipeline: Pipeline<'k>,
+}
+
+impl<'k> Shared<'k> {
+    fn new(k: &'k Builder, config: &BwdConfig) -> Self {
+        let (align, warps, stages) = (TileLayout::ALIGN, 4 * CONSUMERS, config.stages);
+        let scores = config.scores().bytes();
+        Shared {
+            k: k.shared("k", config.k().bytes(), align),
+            v: k.shared("v", config.v().bytes(), align),
+            q: k.shared("q", config.q().bytes() * stages, align),
+            d_o: k.shared("do", config.d_o().bytes() * stages, align),
+            ds: k.shared("ds", stages * scores, align),
+            p: k.shared("p", if config.split == Split::Columns { stages * scores } else { 0 }, align),
+            stats: k.shared("stats", config.stats_bytes() * stages, 128),
+            item: k.shared("item", 48, 16),
+            block: k.shared("block", 16 * stages, 16),
+            k_pipeline: Pipeline::new(k, "k", 1, warps + 1, 1),
+            v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
+            q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
+            do_pipeline: Pipeline::new(k, "do", stages, warps, 1),
+        }
+    }
+}
+
+/// The main kernel for tensors of bf16 or f16; see the file's header. Grid: as many blocks as run at once.
+pub fn flash_bwd_sm90(config: &BwdConfig) -> Kernel {
+    match config.element {
+        Element::F16 => emit::<F16x2>(config),
+        _ => emit::<BF16x2>(config),
+    }
+}
+
+/// The kernel before it: stats, zeros. Grid: a block for each (m_block, head, sequence), in this order.
+pub fn flash_bwd_sm90_preprocess(config: &BwdConfig) -> Kernel {
+    match config.element {
+        Element::F16 => preprocess::emit::<F16x2>(config),
+        _ => preprocess::emit::<BF16x2>(config),
+    }
+}
+
+/// The kernel after it: dQ. Grid: a block for each (m_block, head, sequence), in this order.
+pub fn flash_bwd_sm90_postprocess(config: &BwdConfig) -> Kernel {
+    match config.element {
+        Element::F16 => postprocess::emit::<F16x2>(config),
+        _ => postprocess::emit::<BF16x2>(config),
+    }
+}
+
+fn emit<H: Half>(config: &BwdConfig) -> Kernel {
+    build(&config.name(""), Target::Sm90a, 128 * (1 + CONSUMERS), |k| {
+        let params = Params::new(k, config);
+        let shared = Shared::new(k, config);
+        let work = Work::new(k, config, &params);
+        k.if_(k.tid(0).eq(0), || {
+            for pipeline in [shared.k_pipeline, shared.v_pipeline, shared.q_pipeline, shared.do_pipeline] {
+                pipeline.init(k);
+            }
+            k.fence_mbarrier_init();
+        });
+        k.sync_threads();
+        let warp = k.warp();
+        let (few, many) = config.registers();
+        k.if_else(
+            (warp >> 2).eq(0),
+            || {
+                k.lower_registers(few);
+                let one = k.lane().eq(0);
+                k.if_(warp.eq(0) & one, || work.load(&shared, Loads::Queries));
+                k.if_(warp.eq(1) & one, || work.load(&shared, Loads::Gradients));
+            },
+            || {
+                k.raise_registers(many);
+                Consumer::<H>::new(&work, &shared, warp).run();
+            },
+        );
+    })
+}

@@ -1,0 +1,598 @@
+//! The plan of a backward pass: three kernels with the same arguments.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use flashattn_spec::blocks::{BlockKind, BlockSchedule};
+use flashattn_spec::expr::Traced;
+use flashattn_spec::{AttentionProblem, DType, ProblemError, philox};
+use ptx::instr::Element;
+
+use super::{Argument, Data, Feature, PlanError, Strides, Upload, band};
+use crate::config;
+use crate::kernels::{BwdConfig, MaskKind, TableShape};
+
+fn unsupported<T>(feature: Feature, got: String, expected: impl Into<String>) -> Result<T, PlanError> {
+    Err(PlanError::Unsupported { feature, executor: "flash_bwd_sm90", got, expected: expected.into() })
+}
+
+/// A tensor of the caller's, or memory that the launches need besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum GradTensor {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// The forward pass' output.
+    O,
+    /// Its log-sum-exp, f32, dense.
+    Lse,
+    /// Gradient of the output.
+    DO,
+    /// Gradient of lse, f32, dense.
+    DLse,
+    /// Sink logits, f32 by query head.
+    Sinks,
+    /// Gradient of the queries.
+    DQ,
+    /// Gradient of the keys.
+    DK,
+    /// Gradient of the values.
+    DV,
+    /// Gradient of the sinks, f32 by query head.
+    DSinks,
+    /// Gradient of this one of [`AttentionProblem::grad_tables`], f32.
+    DTable(usize),
+    /// Workspace: dQ in f32.
+    DqSums,
+    /// Workspace: statistics of each row.
+    Stats,
+    /// Workspace: parts of the sinks' gradient.
+    SinkSums,
+    /// Workspace: turns to add to dQ, of a deterministic plan.
+    Semaphores,
+    /// One u32 that is 0 before the launches and after them.
+    Counter,
+    /// The plan's upload of this index.
+    Upload(usize),
+}
+
+/// Strides of a call's tensors `[batch, seqlen, heads, head_dim]`, in elements; the last is 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct GradStrides {
+    /// Of q, k, v and o.
+    pub forward: Strides,
+    /// Of the gradient of o.
+    pub d_o: [usize; 4],
+    /// Of the gradient of q.
+    pub dq: [usize; 4],
+    /// Of the gradient of k.
+    pub dk: [usize; 4],
+    /// Of the gradient of v.
+    pub dv: [usize; 4],
+}
+
+/// A backward pass, ready to be bound to memory and launched, in this order on one stream:
+///
+/// 1. [`BackwardPlan::zeroed`] is filled with zeros;
+/// 2. if there are [`BackwardPlan::query_blocks`], [`crate::kernels::flash_bwd_sm90_preprocess`] with as many blocks;
+/// 3. if there are [`BackwardPlan::items`], [`crate::kernels::flash_bwd_sm90`] with [`BackwardPlan::grid`] blocks;
+/// 4. if there are query blocks, [`crate::kernels::flash_bwd_sm90_postprocess`] with as many blocks.
+///
+/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if the plan is deterministic, or there is one block
+/// of keys only. Gradients of tables are added up in any order.
+#[derive(Clone, Debug)]
+pub struct BackwardPlan {
+    /// The kernels' config.
+    pub config: BwdConfig,
+    /// Arguments in the kernels' order.
+    pub arguments: Vec<Argument<GradTensor>>,
+    /// What [`GradTensor::Upload`] counts.
+    pub uploads: Vec<Upload>,
+    /// Workspace and its bytes, linear in the number of queries. What it holds before and after does not matter.
+    pub workspace: Vec<(GradTensor, usize)>,
+    /// Outputs that are added to.
+    pub zeroed: Vec<GradTensor>,
+    /// Blocks of the preprocessing and of the postprocessing kernel.
+    pub query_blocks: u32,
+    /// Items of work of the main kernel.
+    pub items: u32,
+}
+
+impl BackwardPlan {
+    /// Plans the backward pass of a problem whose tensors have these strides; `d_lse`: with a gradient through lse.
+    ///
+    /// # Errors
+    /// What is wrong with the problem, or what the kernels do not take.
+    pub fn new(
+        problem: &AttentionProblem,
+        strides: &GradStrides,
+        d_lse: bool,
+        deterministic: bool,
+    ) -> Result<BackwardPlan, PlanError> {
+        problem.validate()?;
+        let lowered = problem.lower()?;
+        let reach = band(problem, lowered.mask.is_some());
+        let by_blocks = lowered.mask.filter(|_| reach.is_none());
+        let mut config = configure(problem, reach, &by_blocks, &lowered.score_mod)?;
+        (config.d_lse, config.deterministic) = (d_lse, deterministic);
+        if deterministic && !config.table_grads.is_empty() {
+            let got = "gradients of tables in a fixed order".to_owned();
+            return unsupported(Feature::Deterministic, got, "gradients of q, k, v and sinks only");
+        }
+        let [query_blocks, items] = count(problem, &config)?;
+        let mut plan = BackwardPlan {
+            config,
+            arguments: Vec::new(),
+            uploads: Vec::new(),
+            workspace: Vec::new(),
+            zeroed: Vec::new(),
+            query_blocks,
+            items,
+        };
+        plan.tensors(problem, strides)?;
+        plan.memory(problem);
+        plan.sizes(problem);
+        match reach {
+            Some(reach) => {
+                let sides = reach.into_iter().flatten();
+                plan.arguments.extend(sides.map(|reach| Argument::S32(reach as i32)));
+            }
+            None => plan.schedule(problem)?,
+        }
+        plan.tables("mask", by_blocks.as_ref())?;
+        plan.tables("score mod", lowered.score_mod.as_ref())?;
+        plan.table_grads(lowered.score_mod.as_ref());
+        plan.options(problem);
+        Ok(plan)
+    }
+
+    /// Blocks of the main kernel to launch on a GPU of so many multiprocessors.
+    pub fn grid(&self, multiprocessors: u32) -> u32 {
+        self.items.min(multiprocessors)
+    }
+
+    /// Bytes of workspace in all.
+    pub fn workspace_bytes(&self) -> usize {
+        self.workspace.iter().map(|&(_, bytes)| bytes).sum()
+    }
+
+    /// Checks that a tensor may lie at this address.
+    ///
+    /// # Errors
+    /// [`Feature::Address`].
+    pub fn check_address(&self, tensor: GradTensor, address: u64) -> Result<(), PlanError> {
+        use GradTensor::{DO, DqSums, K, Q, Semaphores, Stats, V};
+        let align = match tensor {
+            Q | K | V | DO | DqSums | Stats | Semaphores => 16,
+            _ => 4,
+        };
+        if address.is_multiple_of(align) {
+            return Ok(());
+        }
+        let got = format!("{tensor:?} at address {address:#x}");
+        unsupported(Feature::Address, got, format!("a multiple of {align} bytes"))
+    }
+
+    fn upload(&mut self, name: String, data: Data) {
+        self.uploads.push(Upload { name, data });
+        self.arguments.push(Argument::Address(GradTensor::Upload(self.uploads.len() - 1)));
+    }
+
+    /// Tensor maps, addresses and strides.
+    fn tensors(&mut self, problem: &AttentionProblem, strides: &GradStrides) -> Result<(), PlanError> {
+        use GradTensor::{DK, DO, DQ, DV, K, O, Q, V};
+        let given = &strides.forward;
+        let loaded = [
+            (Q, problem.q_shape(), given.q),
+            (K, problem.k_shape(), given.k),
+            (V, problem.v_shape(), given.v),
+            (DO, problem.o_shape(), strides.d_o),
+        ];
+        let (mut shapes, mut bytes) = ([[1; 4]; 4], [[0; 3]; 4]);
+        for (i, (tensor, [b, n, h, d], [sb, sn, sh, _])) in loaded.into_iter().enumerate() {
+            // Of an empty tensor nothing is loaded, but a tensor map must be one.
+            shapes[i] = [d, n, h, b].map(|size| size.max(1) as u64);
+            for (to, (dim, size, stride)) in
+                [("seqlen", n, sn), ("heads", h, sh), ("batch", b, sb)].into_iter().enumerate()
+            {
+                bytes[i][to] = if size > 1 { tma_stride(tensor, dim, stride)? } else { 16 };
+            }
+        }
+        let maps = self.config.tensor_maps(shapes, bytes).map(Some);
+        // A map over an empty tensor would leave its memory: one of another stands in, unused.
+        let full = |i: usize| !loaded[i].1.contains(&0);
+        for (i, map) in maps.iter().enumerate() {
+            let stand_in = if full(i) { i } else { usize::from(!full(0)) };
+            if let Some(map) = if stand_in == i { map } else { &maps[stand_in] } {
+                self.arguments.push(Argument::TensorMap(map.clone(), loaded[stand_in].0));
+            }
+        }
+        let written = [
+            (DQ, problem.q_shape(), strides.dq),
+            (DK, problem.k_shape(), strides.dk),
+            (DV, problem.v_shape(), strides.dv),
+        ];
+        for (tensor, [b, n, h, _], [sb, sn, sh, _]) in written {
+            for (dim, size, stride) in [("batch", b, sb), ("seqlen", n, sn), ("heads", h, sh)] {
+                // Columns are stored in pairs.
+                if size > 1 && !stride.is_multiple_of(2) {
+                    let got = format!("{tensor:?} with a {dim} stride of {stride} elements");
+                    return unsupported(Feature::Stride, got, "an even number");
+                }
+            }
+        }
+        let all = [
+            (Q, given.q),
+            (K, given.k),
+            (V, given.v),
+            (O, given.o),
+            (DO, strides.d_o),
+            (DQ, strides.dq),
+            (DK, strides.dk),
+            (DV, strides.dv),
+        ];
+        for (tensor, strides) in all {
+            self.arguments.push(Argument::Address(tensor));
+            self.arguments.extend(strides[..3].iter().map(|&x| Argument::U64(x as u64)));
+        }
+        Ok(())
+    }
+
+    /// lse, workspace and sinks.
+    fn memory(&mut self, problem: &AttentionProblem) {
+        use GradTensor::{Counter, DLse, DSinks, DqSums, Lse, Semaphores, SinkSums, Sinks, Stats};
+        self.arguments.push(Argument::Address(Lse));
+        if self.config.d_lse {
+            self.arguments.push(Argument::Address(DLse));
+        }
+        let [_, queries, heads, _] = problem.q_shape();
+        self.arguments.extend([heads * queries, queries].map(|x| Argument::U64(x as u64)));
+        let tiles = tiles(problem, &self.config) * problem.heads_q;
+        self.workspace = vec![
+            (DqSums, tiles * self.config.dq_sum_bytes() as usize),
+            (Stats, tiles * self.config.stats_bytes() as usize),
+        ];
+        self.arguments.extend([DqSums, Stats, Counter].map(Argument::Address));
+        if self.config.deterministic {
+            self.workspace.push((Semaphores, tiles * 4 * BwdConfig::SEMAPHORES as usize));
+            self.arguments.push(Argument::Address(Semaphores));
+        }
+        if self.config.sinks {
+            self.workspace.push((SinkSums, tiles * 4));
+            self.arguments.extend([Sinks, DSinks, SinkSums].map(Argument::Address));
+            if self.query_blocks == 0 {
+                self.zeroed.push(DSinks);
+            }
+        }
+    }
+
+    /// Lengths, heads and the scale.
+    fn sizes(&mut self, p: &AttentionProblem) {
+        let head_bytes = p.seqlen_q as u64 * (p.head_dim + p.head_dim_v) as u64 * 2 * p.group() as u64;
+        let pairs = (p.heads_kv * p.batch) as u64;
+        let head_group = config::head_group(head_bytes, 1, true).min(pairs.max(1)) as usize;
+        let tiles = tiles(p, &self.config);
+        let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group, tiles];
+        // They fit: validated to be below 2³⁰, and the pairs are at most the items.
+        self.arguments.extend(numbers.map(|x| Argument::U32(x as u32)));
+        self.arguments.push(Argument::F32(p.scale()));
+    }
+
+    /// The blocks of queries of each block of keys, as the kernel's `rows` and `runs`.
+    fn schedule(&mut self, problem: &AttentionProblem) -> Result<(), PlanError> {
+        let (tile_m, tile_n) = (self.config.tile_m as usize, self.config.tile_n() as usize);
+        let schedule = BlockSchedule::new(problem, tile_m, tile_n)?;
+        let n_blocks = problem.seqlen_k.div_ceil(tile_n);
+        let (mut rows, mut runs) = (Vec::new(), Vec::<u32>::new());
+        // Sequences and heads that the mask cannot tell apart share their runs, by where their first lies.
+        let mut known: HashMap<_, Vec<[u32; 4]>> = HashMap::new();
+        for (batch, head) in (0..problem.batch).flat_map(|b| (0..problem.heads_q).map(move |h| (b, h))) {
+            let class =
+                (schedule.row(batch, head, 0).as_ptr(), schedule.m_blocks(batch), schedule.n_blocks(batch));
+            let of_class = known.entry(class).or_insert_with(|| {
+                let mut ranks = vec![0u32; schedule.m_blocks(batch)];
+                let column = |n_block| {
+                    let column = schedule.column(batch, head, n_block);
+                    let first = runs.len() / 4;
+                    let mut blocks = 0;
+                    for (range, kind) in column {
+                        blocks += range.len();
+                        let partial = if kind == BlockKind::Partial { 1 << 31 } else { 0 };
+                        let mut push = |range: Range<usize>| {
+                            let rank = ranks[range.start];
+                            runs.extend([range.start as u32 | partial, range.end as u32, rank, 0]);
+                            ranks[range].iter_mut().for_each(|rank| *rank += 1);
+                        };
+                        // Ranks differ from block to block.
+                        match self.config.deterministic {
+                            true => range.for_each(|m_block| push(m_block..m_block + 1)),
+                            false => push(range),
+                        }
+                    }
+                    [first as u32, (runs.len() / 4 - first) as u32, blocks as u32, 0]
+                };
+                (0..n_blocks).map(column).collect()
+            });
+            rows.extend(of_class.iter().flatten());
+        }
+        if u32::try_from(runs.len() / 4).is_err() {
+            return unsupported(
+                Feature::Size,
+                format!("{} runs of blocks", runs.len() / 4),
+                "fewer than 2^32",
+            );
+        }
+        for (name, mut words) in [("rows", rows), ("runs", runs)] {
+            // No buffer is empty.
+            words.resize(words.len().max(4), 0);
+            self.upload(name.to_owned(), Data::Words(words));
+        }
+        Ok(())
+    }
+
+    /// A program's tables: the address, and the sizes of the dimensions that are not 1.
+    fn tables(&mut self, of: &str, traced: Option<&Traced>) -> Result<(), PlanError> {
+        for (i, table) in traced.into_iter().flat_map(|traced| &traced.tables).enumerate() {
+            if u32::try_from(table.data().len()).is_err() {
+                let got = format!("a table of the {of} of shape {:?}", table.shape());
+                return unsupported(Feature::Size, got, "fewer than 2^32 elements");
+            }
+            self.upload(format!("{of} table {i}"), Data::Table(table.clone()));
+            self.sizes_of(table.dims());
+        }
+        Ok(())
+    }
+
+    fn sizes_of(&mut self, dims: [usize; 4]) {
+        self.arguments.extend(dims.into_iter().filter(|&d| d != 1).map(|d| Argument::U32(d as u32)));
+    }
+
+    /// Gradients of tables, up to the last that is added to.
+    fn table_grads(&mut self, score_mod: Option<&Traced>) {
+        let wanted: Vec<_> = score_mod.iter().flat_map(|s| &s.tables).filter(|t| t.wants_grad()).collect();
+        self.zeroed.extend((0..wanted.len()).map(GradTensor::DTable));
+        let used = |i: usize| self.config.table_grads.iter().any(|&(_, at)| at == i);
+        let last = (0..wanted.len()).rev().find(|&i| used(i));
+        for (i, table) in wanted.iter().enumerate().take(last.map_or(0, |last| last + 1)) {
+            self.arguments.push(Argument::Address(GradTensor::DTable(i)));
+            if self.config.table_grads.iter().any(|&(_, at)| at == i) {
+                self.sizes_of(table.dims());
+            }
+        }
+    }
+
+    /// Dropout, packed sequences.
+    fn options(&mut self, problem: &AttentionProblem) {
+        if let Some(dropout) = problem.dropout.filter(|_| self.config.dropout) {
+            let [low, high] = philox::key(dropout.seed);
+            self.arguments.extend([low, high, philox::threshold(dropout.p)].map(Argument::U32));
+            self.arguments.push(Argument::F32(1.0 / (1.0 - dropout.p)));
+        }
+        if let Some(varlen) = &problem.varlen {
+            for (name, offsets) in
+                [("cu_seqlens_q", &varlen.cu_seqlens_q), ("cu_seqlens_k", &varlen.cu_seqlens_k)]
+            {
+                let words = offsets.iter().map(|&x| x as u32).collect();
+                self.upload(name.to_owned(), Data::Words(words));
+            }
+        }
+    }
+}
+
+fn configure(
+    p: &AttentionProblem,
+    band: Option<[Option<usize>; 2]>,
+    mask: &Option<Traced>,
+    score_mod: &Option<Traced>,
+) -> Result<BwdConfig, PlanError> {
+    let element = match p.dtype {
+        DType::Bf16 => Element::BF16,
+        DType::F16 => Element::F16,
+        other => return unsupported(Feature::DType, other.to_string(), "bf16 or f16"),
+    };
+    let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
+    let programs = [dropout, mask.is_some(), score_mod.is_some()].into_iter().filter(|&x| x).count();
+    let Some(tiles) = config::backward_sm90(p.head_dim, p.head_dim_v, programs) else {
+        let most = config::BACKWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
+        let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
+        return unsupported(Feature::HeadDim, got, format!("at most {most} each"));
+    };
+    let shapes = |traced: &Traced| -> Vec<TableShape> {
+        traced.tables.iter().map(|table| table.dims().map(|size| size != 1)).collect()
+    };
+    let mut table_grads = Vec::new();
+    let score_mod = match score_mod {
+        None => None,
+        Some(traced) => {
+            let wants = |slot: usize| traced.tables[slot].wants_grad();
+            let gradients = traced
+                .expr
+                .gradients(|slot| wants(slot.index()))
+                .map_err(|error| PlanError::from(ProblemError::ScoreMod(error.into())))?;
+            let shapes = shapes(traced);
+            table_grads.extend(gradients.tables.iter().map(|grad| {
+                let slot = grad.slot.index();
+                (shapes[slot], (0..slot).filter(|&other| wants(other)).count())
+            }));
+            Some((gradients.program, shapes))
+        }
+    };
+    Ok(BwdConfig {
+        element,
+        head_dim: p.head_dim as u32,
+        head_dim_v: p.head_dim_v as u32,
+        tile_m: tiles.tile_m,
+        split: tiles.split,
+        stages: tiles.stages,
+        mask: match band {
+            Some([left, right]) => MaskKind::Band { left: left.is_some(), right: right.is_some() },
+            None => MaskKind::Blocks,
+        },
+        mask_program: mask.as_ref().map(|traced| ((*traced.expr).clone(), shapes(traced))),
+        repair: p.varlen.is_some() || band != Some([None, None]) || score_mod.is_some(),
+        score_mod,
+        table_grads,
+        dropout,
+        sinks: p.sinks,
+        d_lse: false,
+        varlen: p.varlen.is_some(),
+        deterministic: false,
+    })
+}
+
+/// Tiles of queries of a head, over all sequences; of packed ones an upper bound that is linear in their length.
+fn tiles(p: &AttentionProblem, config: &BwdConfig) -> usize {
+    let tile_m = config.tile_m as usize;
+    match p.varlen {
+        Some(_) => p.total_q() / tile_m + p.batch,
+        None => p.batch * p.seqlen_q.div_ceil(tile_m),
+    }
+}
+
+/// Blocks of queries of all heads and sequences, and items of keys: 0 if there are none.
+fn count(p: &AttentionProblem, config: &BwdConfig) -> Result<[u32; 2], PlanError> {
+    let blocks = |total: usize, longest: usize, tile: u32, heads: usize| {
+        let each = if total == 0 { 0 } else { longest.div_ceil(tile as usize) };
+        let blocks = each as u128 * heads as u128 * p.batch as u128;
+        // Each block takes one number more than there are items.
+        match u32::try_from(blocks) {
+            Ok(blocks) if blocks < 1 << 31 => Ok(blocks),
+            _ => unsupported(Feature::Size, format!("{blocks} blocks of {tile} rows"), "fewer than 2^31"),
+        }
+    };
+    let queries = blocks(p.total_q(), p.seqlen_q, config.tile_m, p.heads_q)?;
+    Ok([queries, blocks(p.total_k(), p.seqlen_k, config.tile_n(), p.heads_kv)?])
+}
+
+/// A stride in bytes, as TMA takes it.
+fn tma_stride(tensor: GradTensor, dim: &str, stride: usize) -> Result<u64, PlanError> {
+    let bytes = stride as u128 * 2;
+    match u64::try_from(bytes) {
+        Ok(bytes) if bytes.is_multiple_of(16) && bytes < 1 << 40 => Ok(bytes),
+        _ => unsupported(
+            Feature::Stride,
+            format!("{tensor:?} with a {dim} stride of {bytes} bytes"),
+            "a multiple of 16 below 2^40",
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flashattn_spec::mask::Mask;
+    use flashattn_spec::score_mod::ScoreMod;
+    use flashattn_spec::tensor::contiguous_strides;
+
+    use super::*;
+    use crate::kernels::Split;
+
+    fn dense(p: &AttentionProblem) -> GradStrides {
+        let [q, k, v, o] = [p.q_shape(), p.k_shape(), p.v_shape(), p.o_shape()].map(contiguous_strides);
+        GradStrides { forward: Strides { q, k, v, o }, d_o: o, dq: q, dk: k, dv: v }
+    }
+
+    fn plan(p: &AttentionProblem, deterministic: bool) -> BackwardPlan {
+        let plan = BackwardPlan::new(p, &dense(p), true, deterministic).unwrap();
+        // One argument for each parameter, of its kind, in all three kernels.
+        let [main, before, after] = [
+            crate::kernels::flash_bwd_sm90(&plan.config),
+            crate::kernels::flash_bwd_sm90_preprocess(&plan.config),
+            crate::kernels::flash_bwd_sm90_postprocess(&plan.config),
+        ];
+        assert!(main.params == before.params && main.params == after.params);
+        assert_eq!(plan.arguments.len(), main.params.len());
+        for (argument, param) in plan.arguments.iter().zip(&main.params) {
+            use ptx::kernel::ParamKind::{F32, S32, TensorMap, U32, U64};
+            let kind = match argument {
+                Argument::U32(_) => U32,
+                Argument::S32(_) => S32,
+                Argument::F32(_) => F32,
+                Argument::U64(_) | Argument::Address(_) => U64,
+                Argument::TensorMap(..) => TensorMap,
+            };
+            assert_eq!(param.kind, kind, "{}", param.name);
+        }
+        plan
+    }
+
+    #[test]
+    fn what_is_not_taken_is_named_with_its_limit() {
+        let p = AttentionProblem::new(1, 64, 2, 64, DType::Bf16);
+        let refusal = |p: &AttentionProblem, strides: &GradStrides, deterministic| {
+            BackwardPlan::new(p, strides, false, deterministic).unwrap_err().to_string()
+        };
+        let expected = "is not supported by flash_bwd_sm90; expected";
+        let other = AttentionProblem { dtype: DType::F32, ..p.clone() };
+        assert_eq!(refusal(&other, &dense(&other), false), format!("dtype: f32 {expected} bf16 or f16"));
+        let other = AttentionProblem { head_dim: 257, ..p.clone() };
+        let got = "head dimension: head_dim 257, head_dim_v 64";
+        assert_eq!(refusal(&other, &dense(&other), false), format!("{got} {expected} at most 256 each"));
+        let strides = GradStrides { d_o: [0, 132, 64, 1], ..dense(&p) };
+        let got = "stride: DO with a seqlen stride of 264 bytes";
+        assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} a multiple of 16 below 2^40"));
+        let strides = GradStrides { dk: [0, 129, 64, 1], ..dense(&p) };
+        let got = "stride: DK with a seqlen stride of 129 elements";
+        assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} an even number"));
+        let error = plan(&p, false).check_address(GradTensor::DO, 0x1008).unwrap_err();
+        let got = "address: DO at address 0x1008";
+        assert_eq!(error.to_string(), format!("{got} {expected} a multiple of 16 bytes"));
+        let slopes = flashattn_spec::expr::Table::per_head(vec![1.0; 2]).unwrap().with_grad().unwrap();
+        let other = AttentionProblem { score_mod: ScoreMod::Alibi(slopes), ..p };
+        assert!(refusal(&other, &dense(&other), true).starts_with("determinism: gradients of tables"));
+        assert_eq!(plan(&other, false).zeroed, [GradTensor::DTable(0)]);
+    }
+
+    #[test]
+    fn extra_memory_is_linear_in_the_queries() {
+        let bytes = |n: usize, packed: bool, d: usize| {
+            let mut p = AttentionProblem::new(2, n, 3, d, DType::F16);
+            if packed {
+                p = p.with_varlen(&[0, n as i32, 2 * n as i32], &[0, n as i32, 2 * n as i32]);
+            }
+            plan(&p, false).workspace_bytes()
+        };
+        for d in [64, 128, 256] {
+            // Two sequences of three heads: of each query dQ in f32 and its statistics.
+            assert_eq!(bytes(1024, false, d), 2 * 1024 * 3 * (4 * d + 8));
+            assert_eq!(bytes(4096, false, d), 4 * bytes(1024, false, d));
+            let tile = if d == 64 { 128 } else { 64 };
+            assert_eq!(bytes(1024, true, d), bytes(1024, false, d) + 2 * 3 * tile * (4 * d + 8));
+        }
+    }
+
+    #[test]
+    fn lists_are_by_block_of_keys() {
+        let mut p = AttentionProblem::new(2, 300, 2, 128, DType::Bf16);
+        p.mask = Mask::chunked(128);
+        let words =
+            |plan: &BackwardPlan, i: usize| bytemuck::cast_slice::<u8, u32>(plan.uploads[i].bytes()).to_vec();
+        let listed = plan(&p, false);
+        assert_eq!((listed.config.split, listed.config.tile_n(), listed.items), (Split::Columns, 64, 20));
+        let (rows, runs) = (words(&listed, 0), words(&listed, 1));
+        // Five blocks of keys of both heads of both sequences, which share their runs.
+        assert_eq!(rows.len(), 4 * 4 * 5);
+        assert_eq!(rows[..20], rows[60..]);
+        // Keys 64 to 127 are seen by queries 0 to 127 in whole.
+        assert_eq!(runs[4 * rows[4] as usize..][..4], [0, 2, 1, 0]);
+        // In a fixed order each block of queries is a run, with a rank of its own.
+        let ordered = plan(&p, true);
+        let (rows, runs) = (words(&ordered, 0), words(&ordered, 1));
+        let first = 4 * rows[4] as usize;
+        assert_eq!((rows[5], &runs[first..first + 8]), (2, &[0, 1, 1, 0, 1, 2, 1, 0][..]));
+        assert!(ordered.workspace.iter().any(|&(tensor, _)| tensor == GradTensor::Semaphores));
+    }
+
+    #[test]
+    fn nothing_is_launched_for_nothing() {
+        let mut p = AttentionProblem::new(1, 0, 2, 64, DType::Bf16);
+        (p.seqlen_k, p.sinks) = (40, true);
+        let no_queries = plan(&p, false);
+        assert_eq!((no_queries.query_blocks, no_queries.items), (0, 2));
+        assert_eq!(no_queries.zeroed, [GradTensor::DSinks]);
+        (p.seqlen_q, p.seqlen_k) = (40, 0);
+        assert_eq!((plan(&p, false).query_blocks, plan(&p, false).items), (2, 0));
+    }
+}
