@@ -224,6 +224,14 @@ def test_only_what_is_asked_for(device):
         assert not flashattn.flash_attn_func(q, k, v).requires_grad
 
 
+def test_no_second_derivative_rather_than_a_wrong_one():
+    q, k, v = inputs()
+    o = flashattn.flash_attn_func(q, k, v)
+    (gradient,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_that_see_nothing(device, dtype):

@@ -160,6 +160,10 @@ def _vjp(ctx: Any, do: Optional[Tensor], dlse: Optional[Tensor]) -> tuple:
     return (*results[:3], d_extras, None, None, None)
 
 
+def _second_derivative(ctx: Any, *gradients: Any) -> Any:
+    raise NotImplementedError("second derivatives of attention are not there; use plain attention where they are needed")
+
+
 _library = torch.library.Library("flashattn", "DEF")
 _library.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor[] extras, str options, SymInt max_seqlen_q, SymInt max_seqlen_k)"
@@ -177,6 +181,8 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("flashattn::forward", _forward_fake, lib=_library)
 torch.library.register_fake("flashattn::backward", _backward_fake, lib=_library)
 torch.library.register_autograd("flashattn::forward", _vjp, setup_context=_setup_context, lib=_library)
+# Without it PyTorch would go on with zeros and a warning.
+torch.library.register_autograd("flashattn::backward", _second_derivative, lib=_library)
 
 
 def check(name: str, x: Any) -> None:
