@@ -4,6 +4,7 @@ mod attention;
 mod bench;
 mod check_cmd;
 mod demo;
+mod gpu;
 mod io_cmd;
 mod memory;
 mod mods;

@@ -300,7 +300,7 @@ fn gpus_refuse_by_name_and_their_kernels_are_shown() {
     assert_eq!(report["staged"], json!([]));
     let report = json_of("ptx --head-dim 36 --softcap 5 --document 100 --json");
     assert_eq!(report["staged"], json!(["q", "k", "v"]));
-    assert_eq!(report["uploads"].as_array().unwrap().len(), 4, "two lists, and ids of queries and keys");
+    assert_eq!(report["uploads"].as_array().unwrap().len(), 3, "two lists and the documents' ids");
     let kernel = folder.path().join("kernel.ptx");
     flashattn(&format!("ptx --dtype f16 -o {}", kernel.display())).assert().success();
     assert!(std::fs::read_to_string(kernel).unwrap().contains(".entry flash_fwd_sm90_f16_128_128_full"));

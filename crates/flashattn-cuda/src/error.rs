@@ -209,14 +209,14 @@ pub enum Error {
         expected: u64,
     },
     /// A kernel went wrong, or work that was put into the context before it: the driver tells of both at the next wait.
-    #[error("kernel {kernel} failed, or work before it ({config}): {source}")]
+    #[error("kernel {kernel} failed, or work before it ({config}): {error}")]
     Kernel {
         /// The kernel's name.
         kernel: String,
         /// Its config.
         config: String,
         /// The driver's error.
-        source: Box<Error>,
+        error: Box<Error>,
     },
 }
 

@@ -108,6 +108,15 @@ fn staged_at(plan: &ForwardPlan) -> u64 {
 }
 
 impl Prepared {
+    fn new(device: &Device, mut plan: StagedPlan) -> Result<Prepared, Error> {
+        static IDS: AtomicU64 = AtomicU64::new(1);
+        // They are on the device.
+        plan.forward.uploads = Vec::new();
+        let modules = plan.copies().map(|copy| KernelConfig::Copy(copy.config).module(device));
+        let copies = modules.collect::<Result<_, _>>()?;
+        Ok(Prepared { id: IDS.fetch_add(1, Relaxed), plan, copies, pool: Mutex::default() })
+    }
+
     fn workspace_bytes(&self) -> u64 {
         staged_at(&self.plan.forward) + self.plan.workspace
     }
@@ -144,7 +153,7 @@ impl Forward {
     /// What is wrong with the problem; [`Error::Plan`] for what the kernels do not take, [`Error::Target`] for a GPU that they
     /// do not run on; the driver's.
     pub fn new(device: &Device, problem: &AttentionProblem) -> Result<Forward, Error> {
-        Self::with_plan(device, problem, plan(problem)?)
+        Self::with_plan(device, problem, dense(problem)?)
     }
 
     /// As [`Forward::new`], for GPU `ordinal`. What the kernels do not take is refused even where there is no GPU.
@@ -152,18 +161,18 @@ impl Forward {
     /// # Errors
     /// As [`Forward::new`] and [`Device::open`].
     pub fn open(ordinal: u32, problem: &AttentionProblem) -> Result<Forward, Error> {
-        let plan = plan(problem)?;
+        let plan = dense(problem)?;
         Self::with_plan(&Device::open(ordinal)?, problem, plan)
     }
 
-    fn with_plan(device: &Device, problem: &AttentionProblem, plan: ForwardPlan) -> Result<Forward, Error> {
-        let config = plan.config.clone();
-        let module = match plan.tiles {
+    fn with_plan(device: &Device, problem: &AttentionProblem, plan: StagedPlan) -> Result<Forward, Error> {
+        let config = plan.forward.config.clone();
+        let module = match plan.forward.tiles {
             0 => None,
             _ => Some(KernelConfig::Forward(config.clone()).module(device)?),
         };
         let (mut bytes, mut offsets) = (Vec::new(), Vec::new());
-        for upload in &plan.uploads {
+        for upload in &plan.forward.uploads {
             bytes.resize(bytes.len().next_multiple_of(ALIGN as usize), 0u8);
             offsets.push(bytes.len() as u64);
             bytes.extend_from_slice(upload.bytes());
@@ -172,7 +181,12 @@ impl Forward {
             true => device.alloc(0)?,
             false => device.upload(&device.stream()?, &bytes)?,
         };
-        let (device, problem, prepared) = (device.clone(), problem.clone(), Mutex::default());
+        let mut prepared = HashMap::new();
+        if plan.staged().next().is_none() {
+            // What most calls need is planned already.
+            prepared.insert(Layout::dense(problem), Arc::new(Prepared::new(device, plan)?));
+        }
+        let (device, problem, prepared) = (device.clone(), problem.clone(), Mutex::new(prepared));
         Ok(Forward { device, problem, config, module, uploads, offsets, prepared })
     }
 
@@ -232,8 +246,11 @@ impl Forward {
 
     /// Puts the pass into the stream, with a workspace that the plan keeps for this stream, and does not wait.
     ///
-    /// What is captured into a graph keeps that workspace: a graph that shall run at the same time as other runs of this plan
-    /// needs one of its own ([`Forward::run_with`]).
+    /// What is captured into a graph keeps that workspace and the plan's uploads: the graph may not outlive the plan, and one that
+    /// shall run at the same time as other runs of this plan needs a workspace of its own ([`Forward::run_with`]).
+    ///
+    /// The plan keeps a workspace for each stream and layout that it has seen, and frees them when it is dropped, which waits for
+    /// the GPU. Where plans come and go, as for each step of a decoder, one [`Workspace`] given to all of them spares both.
     ///
     /// # Errors
     /// Tensors that do not fit the problem, are misaligned or of another GPU's memory, a stream of another one, before
@@ -275,10 +292,10 @@ impl Forward {
 
     fn failed(&self, error: Error) -> Error {
         match (&self.module, error) {
-            (Some(module), source @ Error::Driver { .. }) => Error::Kernel {
+            (Some(module), error @ Error::Driver { .. }) => Error::Kernel {
                 kernel: module.name().to_owned(),
                 config: format!("{:?}", self.config),
-                source: source.into(),
+                error: error.into(),
             },
             (_, error) => error,
         }
@@ -304,16 +321,11 @@ impl Forward {
     }
 
     fn prepared(&self, layout: &Layout) -> Result<Arc<Prepared>, Error> {
-        static IDS: AtomicU64 = AtomicU64::new(1);
         if let Some(prepared) = lock(&self.prepared).get(layout) {
             return Ok(prepared.clone());
         }
         // Not under the lock, which other layouts' runs need: twice at worst.
-        let mut plan = StagedPlan::new(&self.problem, layout)?;
-        plan.forward.uploads = Vec::new();
-        let modules = plan.copies().map(|copy| KernelConfig::Copy(copy.config).module(&self.device));
-        let copies = modules.collect::<Result<_, _>>()?;
-        let prepared = Prepared { id: IDS.fetch_add(1, Relaxed), plan, copies, pool: Mutex::default() };
+        let prepared = Prepared::new(&self.device, StagedPlan::new(&self.problem, layout)?)?;
         Ok(lock(&self.prepared).entry(*layout).or_insert(Arc::new(prepared)).clone())
     }
 
@@ -471,8 +483,8 @@ impl Place<'_> {
 }
 
 /// Config and uploads depend on the problem alone, so any layout will do.
-fn plan(problem: &AttentionProblem) -> Result<ForwardPlan, Error> {
-    Ok(StagedPlan::new(problem, &Layout::dense(problem))?.forward)
+fn dense(problem: &AttentionProblem) -> Result<StagedPlan, Error> {
+    Ok(StagedPlan::new(problem, &Layout::dense(problem))?)
 }
 
 /// Nothing panics while it holds one of this module's locks in a state that others could not use.

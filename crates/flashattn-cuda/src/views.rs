@@ -50,7 +50,8 @@ impl<'a> DeviceView<'a> {
         Ok(DeviceView { ordinal, address, dtype, shape, strides, memory: PhantomData })
     }
 
-    /// A view of memory of the caller's: a tensor of another library, by its address, shape and strides (in elements).
+    /// A view of memory of the caller's: a tensor of another library, by its address, shape and strides (in elements). (Of a
+    /// `cudarc::driver::CudaSlice` the address is `slice.device_ptr(&stream).0`, of a torch tensor `data_ptr()`.)
     ///
     /// # Errors
     /// [`Error::View`] for strides that no tensor has.

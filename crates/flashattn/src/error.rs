@@ -57,12 +57,12 @@ pub enum Error {
     },
     /// The GPU or its driver refused, or a tensor on it does not fit; or a kernel failed.
     #[cfg(feature = "cuda")]
-    #[error("{executor}: {source}")]
+    #[error("{executor}: {error}")]
     Cuda {
         /// The device.
         executor: Device,
         /// Why.
-        source: Box<flashattn_cuda::Error>,
+        error: Box<flashattn_cuda::Error>,
     },
     /// The memory of a result cannot be had.
     #[error("{name} of shape {shape:?} needs {bytes} bytes, which could not be allocated")]
@@ -112,7 +112,7 @@ impl Error {
                 let feature = format!("{}: {got} (expected {expected})", feature.name());
                 Error::Unsupported { feature, executor }
             }
-            source => Error::Cuda { executor, source: source.into() },
+            error => Error::Cuda { executor, error: error.into() },
         }
     }
 }

@@ -6,13 +6,13 @@ use super::grid::Cell;
 use super::verify::{ROWS, verify_rows};
 use super::{Point, picture};
 use crate::attention::{Given, Layout, Results};
+use crate::gpu::Resident;
 use crate::options::{self, Pass, with_dtype};
 use crate::tensor_file::write_whole;
 use anyhow::{Context, Result, ensure};
 use comfy_table::{CellAlignment, Table};
 use flashattn::cuda::kernels::FwdConfig;
-use flashattn::cuda::{DeviceSlice, DeviceView, timing};
-use flashattn::{Device, DeviceTensors, Plan};
+use flashattn::{Device, Plan};
 use flashattn_spec::{DType, Element};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 use rand_distr::StandardNormal;
@@ -20,9 +20,6 @@ use rayon::prelude::*;
 use serde::Serialize;
 use std::io::Write;
 use std::time::Instant;
-
-/// Launches whose host time is measured: fewer than the driver's queue takes without waiting.
-const QUEUED: u32 = 100;
 
 /// A timed cell; the first fields as in the peers' rows.
 #[derive(Clone, Debug, Serialize)]
@@ -74,8 +71,6 @@ struct Row {
 /// # Errors
 /// What the GPU refuses, wrong results, and whatever prevents writing.
 pub fn run(args: &BenchArgs, ordinal: u32, cells: &[Cell]) -> Result<()> {
-    args.compute.options()?;
-    options::start_threads(args.compute.threads())?;
     let bar = options::progress(cells.len() as u64);
     let (mut rows, mut configs) = (Vec::<Row>::new(), Vec::new());
     for cell in cells {
@@ -136,55 +131,27 @@ fn time<T: Element>(
     let (p, layout) = (&cell.problem, args.layout);
     ensure!(cell.pass == Pass::Fwd, "--pass {}: a GPU computes fwd only, for now", cell.pass);
     ensure!(p.lse_len() * p.seqlen_k > 0, "there is nothing to time: a size is 0");
-    let make = || {
+    let given = random::<T>(cell, layout);
+    let plan = || {
         let start = Instant::now();
         let plan = Plan::<T>::from_problem(p.clone(), None, Device::Cuda(ordinal))?;
-        Ok::<_, anyhow::Error>((plan, start.elapsed().as_secs_f64() * 1e3))
+        Ok::<_, anyhow::Error>((plan.gpu()?.config().clone(), start.elapsed().as_secs_f64() * 1e3))
     };
-    let (plan, first) = make()?;
-    let cached_call_ms = make()?.1;
-    let gpu = plan.gpu()?;
-    let known = configs.contains(gpu.config());
+    let (config, first) = plan()?;
+    let cached_call_ms = plan()?.1;
+    let known = configs.contains(&config);
     if !known {
-        configs.push(gpu.config().clone());
+        configs.push(config);
     }
-
-    let given = random::<T>(cell, layout);
-    let device = gpu.device();
-    let stream = device.stream()?;
-    let upload = |data: &[T]| device.upload(&stream, data);
-    let (q, k, v) = (upload(&given.q)?, upload(&given.k)?, upload(&given.v)?);
+    let resident = Resident::new(ordinal, p, &given)?;
     let mut results = Results::<T>::new(p, false);
-    let (o, lse) = (device.alloc(size_of_val(&results.o[..]))?, device.alloc(4 * results.lse.len())?);
-    for output in [&o, &lse] {
-        // NaN in every type: what is not written is found.
-        output.fill(&stream, 0xff)?;
-    }
-    let view = |buffer, shape| DeviceView::with_strides(buffer, 0, p.dtype, shape, layout.strides(shape));
-    let tensors = DeviceTensors {
-        q: view(&q, p.q_shape())?,
-        k: view(&k, p.k_shape())?,
-        v: view(&v, p.v_shape())?,
-        o: view(&o, p.o_shape())?,
-        lse: DeviceSlice::new(&lse, 0, results.lse.len())?,
-    };
-    plan.forward_on(&stream, &tensors, None)?;
-    gpu.wait(&stream)?;
-    o.read_at(&stream, 0, &mut results.o)?;
-    lse.read_at(&stream, 0, &mut results.lse)?;
+    resident.run(&mut results)?;
     let error = verify_rows(p, &given, &results)?;
+    let (host_us, timed) = (resident.host_us()?, resident.time()?);
 
-    let host = Instant::now();
-    for _ in 0..QUEUED {
-        plan.forward_on(&stream, &tensors, None)?;
-    }
-    let host_us = host.elapsed().as_secs_f64() * 1e6 / f64::from(QUEUED);
-    gpu.wait(&stream)?;
-    let timed = timing::sustained(&stream, |stream| anyhow::Ok(plan.forward_on(stream, &tensors, None)?))?;
-
-    let lies = tensors.layout();
+    let (gpu, lies) = (resident.forward()?, resident.tensors()?.layout());
     let module = gpu.module().context("there is nothing to launch")?;
-    let properties = device.properties();
+    let properties = gpu.device().properties();
     Ok(Row {
         peer: "ours",
         pass: cell.pass,

@@ -27,6 +27,8 @@ Examples:
       under a minute on two idle cores; saves flashattn-demo.svg here
   flashattn demo --quick --json --out /tmp
       seconds, on the first 1024 tokens
+  flashattn demo --device cuda
+      the forward pass on a GPU, beside standard attention on the CPU
 
 Exact means: no output is farther from the f64 oracle than twice what standard attention errs in the same type, plus one
 rounding of the largest entry. Exit status 1 otherwise.";
@@ -35,6 +37,9 @@ rounding of the largest entry. Exit status 1 otherwise.";
 #[derive(Args, Clone, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct DemoArgs {
+    /// Where ours runs: cpu, or cuda or cuda:N, forward only; standard attention and the oracle run on the CPU
+    #[arg(long, default_value = "cpu", value_name = "DEVICE")]
+    device: flashattn::Device,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -68,20 +73,19 @@ struct Report {
 /// If ours is not exact, and whatever prevents writing.
 pub fn run(args: &DemoArgs) -> Result<()> {
     ensure!(args.out.is_dir(), "--out {} is not a folder that exists", args.out.display());
-    let device = Device::this_cpu().name;
+    let (device, isa) = machine(args.device)?;
     let sizes: &[usize] =
         if args.quick { &[256, 512, 1024, 2048] } else { &[512, 1024, 2048, 4096, 8192, 16384] };
     let inputs = INPUTS.len() * (1 + usize::from(args.f32));
     let bar = options::progress((inputs + sizes.len()) as u64);
     // The bar shows that it is alive while the oracle takes its time.
     bar.enable_steady_tick(std::time::Duration::from_millis(200));
-    let inputs = comparisons(args.quick.then_some(1024), args.f32, &bar)?;
-    let scaling = scaling::study(&INPUTS[0].file()?, sizes, args.max_memory, &bar)?;
+    let inputs = comparisons(args, &bar)?;
+    let scaling = scaling::study(args.device, &INPUTS[0].file()?, sizes, args.max_memory, &bar)?;
     bar.finish_and_clear();
 
     let picture = args.out.join("flashattn-demo.svg");
     write_whole(&picture, scaling::picture(&scaling, &device)?.as_bytes())?;
-    let isa = Isa::detect().to_string();
     let report = Report { device, isa, threads: options::cores(), inputs, scaling, picture };
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -102,8 +106,19 @@ pub fn run(args: &DemoArgs) -> Result<()> {
     Ok(())
 }
 
+/// Names of the device that ours runs on and of its instruction set.
+fn machine(device: flashattn::Device) -> Result<(String, String)> {
+    let flashattn::Device::Cuda(ordinal) = device else {
+        return Ok((Device::this_cpu().name, Isa::detect().to_string()));
+    };
+    let gpu = flashattn::cuda::Device::open(ordinal)?;
+    let (major, minor) = gpu.properties().compute_capability;
+    Ok((gpu.properties().name.clone(), format!("sm_{major}{minor}")))
+}
+
 /// Each input in its own dtype and, if asked for, widened to f32, which has the same exact results.
-fn comparisons(tokens: Option<usize>, f32_too: bool, bar: &ProgressBar) -> Result<Vec<Comparison>> {
+fn comparisons(args: &DemoArgs, bar: &ProgressBar) -> Result<Vec<Comparison>> {
+    let (on, f32_too) = (args.device, args.f32);
     let mut all = Vec::new();
     for input in INPUTS {
         let file = input.file()?;
@@ -112,11 +127,11 @@ fn comparisons(tokens: Option<usize>, f32_too: bool, bar: &ProgressBar) -> Resul
         let step = |name: &str| bar.set_message(format!("{name}: ours, standard attention, f64 oracle"));
         step(name);
         let dtype = file.get("q")?.element_type().context("q")?;
-        let tokens = tokens.filter(|&n| n < file.get("q").map_or(0, |q| q.shape[1]));
+        let tokens = args.quick.then_some(1024).filter(|&n| n < file.get("q").map_or(0, |q| q.shape[1]));
         let (own, exact) = match dtype {
-            DType::Bf16 => compare::<bf16, bf16>(name, &file, tokens, None)?,
-            DType::F16 => compare::<f16, f16>(name, &file, tokens, None)?,
-            _ => compare::<f32, f32>(name, &file, tokens, None)?,
+            DType::Bf16 => compare::<bf16, bf16>(on, name, &file, tokens, None)?,
+            DType::F16 => compare::<f16, f16>(on, name, &file, tokens, None)?,
+            _ => compare::<f32, f32>(on, name, &file, tokens, None)?,
         };
         all.push(own);
         bar.inc(1);
@@ -125,8 +140,8 @@ fn comparisons(tokens: Option<usize>, f32_too: bool, bar: &ProgressBar) -> Resul
         }
         step(&wide);
         match dtype {
-            DType::Bf16 => all.push(compare::<bf16, f32>(&wide, &file, tokens, Some(exact))?.0),
-            DType::F16 => all.push(compare::<f16, f32>(&wide, &file, tokens, Some(exact))?.0),
+            DType::Bf16 => all.push(compare::<bf16, f32>(on, &wide, &file, tokens, Some(exact))?.0),
+            DType::F16 => all.push(compare::<f16, f32>(on, &wide, &file, tokens, Some(exact))?.0),
             _ => {}
         }
         bar.inc(1);
@@ -147,12 +162,20 @@ fn print(out: &mut impl Write, report: &Report) -> Result<()> {
     }
     writeln!(out, "\nLargest error against the f64 oracle (ours | standard attention in the same type)\n")?;
     writeln!(out, "{}", error_table(&report.inputs))?;
+    let resident = report.inputs.iter().any(|x| x.ms.flash_bwd.is_none());
+    if resident {
+        writeln!(
+            out,
+            "\nOurs by the GPU's clock, tensors in its memory; standard attention on this CPU, for the errors"
+        )?;
+    }
     writeln!(
         out,
         "\nTime (wall) and extra memory, and by the IO model the bytes moved beyond a core's cache\n"
     )?;
     writeln!(out, "{}", cost_table(&report.inputs))?;
-    writeln!(out, "\nGrowth: smollm2-135m, cut or repeated, forward and backward\n")?;
+    let passes = if resident { "forward" } else { "forward and backward" };
+    writeln!(out, "\nGrowth: smollm2-135m, cut or repeated, {passes}\n")?;
     writeln!(out, "{}", scaling::table(&report.scaling))?;
     let wrong = report.inputs.iter().any(|x| !x.wrong().is_empty());
     let verdict = if wrong { "NOT exact" } else { "exact" };
@@ -165,7 +188,10 @@ fn error_table(inputs: &[Comparison]) -> Table {
     let mut table = options::table(&["input", "o", "lse", "dq", "dk", "dv"]);
     for x in inputs {
         let pairs = x.max_error.named().into_iter().zip(x.standard_error.named());
-        let cells = pairs.map(|((_, ours), (_, standard))| format!("{ours:.1e} | {standard:.1e}"));
+        let cells = pairs.map(|((_, ours), (_, standard))| match (ours, standard) {
+            (Some(ours), Some(standard)) => format!("{ours:.1e} | {standard:.1e}"),
+            _ => "–".to_owned(),
+        });
         table.add_row([x.name.clone()].into_iter().chain(cells));
     }
     table
@@ -181,20 +207,20 @@ fn cost_table(inputs: &[Comparison]) -> Table {
             (
                 x.name.as_str(),
                 "flash",
-                [ms.flash_fwd, ms.flash_bwd],
-                [extra.flash_fwd, extra.flash_bwd],
+                [Some(ms.flash_fwd), ms.flash_bwd],
+                [Some(extra.flash_fwd), extra.flash_bwd],
                 x.moved_bytes.flash,
             ),
             (
                 "",
                 "standard",
-                [ms.standard_fwd, ms.standard_bwd],
-                [extra.standard_fwd, extra.standard_bwd],
+                [Some(ms.standard_fwd), ms.standard_bwd],
+                [Some(extra.standard_fwd), extra.standard_bwd],
                 x.moved_bytes.standard,
             ),
         ] {
-            let [forward, backward] = times.map(|t| format!("{t:.2} ms"));
-            let [fwd_bytes, bwd_bytes] = memory.map(bytes);
+            let [forward, backward] = times.map(|t| t.map_or("–".to_owned(), |t| format!("{t:.3} ms")));
+            let [fwd_bytes, bwd_bytes] = memory.map(|x| x.map_or("–".to_owned(), bytes));
             table.add_row([
                 name,
                 side,
@@ -206,13 +232,15 @@ fn cost_table(inputs: &[Comparison]) -> Table {
             ]);
         }
         let ratio = |a: f64, b: f64| format!("{:.1}×", b / a.max(1e-9));
+        let maybe = |a: Option<f64>, b: Option<f64>| a.zip(b).map_or("–".to_owned(), |(a, b)| ratio(a, b));
+        let float = |x: Option<usize>| x.map(|x| x as f64);
         table.add_row([
             String::new(),
             "ratio".into(),
             ratio(ms.flash_fwd, ms.standard_fwd),
-            ratio(ms.flash_bwd, ms.standard_bwd),
+            maybe(ms.flash_bwd, ms.standard_bwd),
             ratio(extra.flash_fwd as f64, extra.standard_fwd as f64),
-            ratio(extra.flash_bwd as f64, extra.standard_bwd as f64),
+            maybe(float(extra.flash_bwd), float(extra.standard_bwd)),
             ratio(x.moved_bytes.flash as f64, x.moved_bytes.standard as f64),
         ]);
     }

@@ -33,8 +33,8 @@ fn unsupported_problems_are_named() {
 fn a_missing_gpu_is_an_error() {
     use flashattn::cuda;
     let plan = Attention::new().device(Device::Cuda(999)).plan::<bf16>(shape());
-    let Err(Error::Cuda { executor: Device::Cuda(999), source }) = plan else { panic!("{plan:?}") };
-    match (*source, cuda::Device::count()) {
+    let Err(Error::Cuda { executor: Device::Cuda(999), error }) = plan else { panic!("{plan:?}") };
+    match (*error, cuda::Device::count()) {
         (cuda::Error::NoDevice { ordinal: 999, count }, Ok(all)) => assert_eq!(count, all),
         (opened, Err(counted)) => assert_eq!(opened, counted),
         (error, _) => panic!("{error}"),
