@@ -74,6 +74,19 @@ def test_layouts():
     assert torch.equal(flashattn.flash_attn_func(q, padded[..., 3:67], v), expected), "not aligned to 16 bytes"
 
 
+def test_cupy():
+    cupy = pytest.importorskip("cupy")
+    q, k, v = inputs(torch.float16, d=64, device="cuda", grad=False)
+    slopes = torch.rand(6, device="cuda")
+    expected, expected_lse = flashattn.attention(q, k, v, causal=True, alibi_slopes=slopes, return_lse=True)
+    torch.cuda.synchronize()
+    with cupy.cuda.Stream():
+        arrays = [cupy.from_dlpack(x) for x in (q, k, v)]
+        o, lse = flashattn.attention(*arrays, causal=True, alibi_slopes=cupy.from_dlpack(slopes), return_lse=True)
+    assert isinstance(o, cupy.ndarray) and cupy.array_equal(o, cupy.from_dlpack(expected))
+    assert cupy.array_equal(lse, cupy.from_dlpack(expected_lse))
+
+
 def test_refused_by_name():
     q, k, v = inputs(device="cuda", grad=False)
     with pytest.raises(NotImplementedError, match=r"dtype: f32 .* is not supported on cuda:0"):

@@ -1,5 +1,6 @@
 """The signatures of flash_attn 2, its import path, and errors that say what was got and expected."""
 
+import ctypes
 import importlib
 import inspect
 import pathlib
@@ -238,3 +239,53 @@ def test_native_refuses_what_python_would_not_give():
     _native.forward(ok, capsule, q2, q2, [], o, lse)
     with pytest.raises(TypeError, match="not yet taken"):
         _native.forward(ok, capsule, q2, q2, [], o, lse)
+
+
+class Elsewhere:
+    """An array whose DLPack tensor says that it is in a GPU's memory, at an address that is nobody's."""
+
+    def __init__(self, shape, bits=16, device=(2, 0), strides=None):
+        self.shape = (ctypes.c_int64 * len(shape))(*shape)
+        self.strides = (ctypes.c_int64 * len(shape))(*strides) if strides else None
+        fields = [("data", ctypes.c_void_p), ("device", ctypes.c_int32 * 2), ("ndim", ctypes.c_int32)]
+        fields += [("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16)]
+        fields += [("shape", ctypes.c_void_p), ("strides", ctypes.c_void_p), ("offset", ctypes.c_uint64)]
+        fields += [("manager", ctypes.c_void_p), ("deleter", ctypes.c_void_p)]
+        managed = type("Managed", (ctypes.Structure,), {"_fields_": fields})
+        places = [x and ctypes.addressof(x) for x in (self.shape, self.strides)]
+        self.managed = managed(0x10000, device, len(shape), 2, bits, 1, *places, 0, None, None)
+
+    def __dlpack__(self):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
+
+
+def test_memory_that_cannot_be_touched():
+    """Wrong pointers, devices and strides are exceptions, whether or not there is a driver or a GPU."""
+    from flashattn import _native
+
+    shape, options = (1, 4, 2, 8), '{"causal":true}'
+    x, lse = Elsewhere(shape), Elsewhere((1, 2, 4), 32)
+    o = Elsewhere(shape)
+    o.managed.data, lse.managed.data = 0x20000, 0x30000
+    with pytest.raises(RuntimeError, match=r"cuda:0: "):
+        _native.forward(options, x, x, x, [], o, lse)
+    with pytest.raises(NotImplementedError, match=r"dtype: f32 .* is not supported on cuda:0"):
+        q, out = Elsewhere(shape, 32), Elsewhere(shape, 32)
+        out.managed.data = 0x20000
+        _native.forward(options, q, q, q, [], out, lse)
+    host = np.zeros(shape, np.float16)
+    with pytest.raises(TypeError, match="k is on cpu, expected cuda:0"):
+        _native.forward(options, x, host, x, [], o, lse)
+    with pytest.raises(TypeError, match="k is on cuda:0, expected cpu"):
+        _native.forward(options, host, x, host, [], np.zeros(shape, np.float16), lse)
+    with pytest.raises(TypeError, match="DLPack device type 10"):
+        _native.forward(options, Elsewhere(shape, device=(10, 0)), x, x, [], o, lse)
+    with pytest.raises(ValueError, match="overflow"):
+        far = Elsewhere(shape, device=(1, 0), strides=(1 << 62, 1 << 62, 1 << 62, 1))
+        _native.forward(options, far, host, host, [], np.zeros(shape, np.float16), np.zeros((1, 2, 4), np.float32))
+    with pytest.raises((TypeError, ValueError)):
+        null = Elsewhere(shape, device=(1, 0))
+        null.managed.data = None
+        _native.forward(options, null, host, host, [], np.zeros(shape, np.float16), np.zeros((1, 2, 4), np.float32))

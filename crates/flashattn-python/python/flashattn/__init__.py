@@ -11,6 +11,9 @@ the arrays of PyTorch, JAX, NumPy and CuPy.
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from . import io
 from ._attention import attention
 from ._install import install_as_flash_attn
@@ -28,6 +31,14 @@ from .flash_attn_interface import (
 from .flex import BlockMask, create_block_mask, flex_attention
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # These need PyTorch.
+    if name in ("bert_padding", "hf"):
+        return importlib.import_module(f"flashattn.{name}")
+    raise AttributeError(f"module 'flashattn' has no attribute {name!r}")
+
 
 __all__ = [
     "BlockMask",

@@ -64,5 +64,9 @@ def run(options: str, q: Any, k: Any, v: Any, extras: list, max_seqlen_q: int, m
     o = module.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
     lse_shape = (q.shape[0], q.shape[2], q.shape[1]) if len(q.shape) == 4 else (q.shape[1], q.shape[0])
     lse = module.empty(lse_shape, dtype="float32")
-    _native.forward(options, q, k, v, extras, o, lse)
+    stream = None
+    if hasattr(module, "cuda"):  # CuPy
+        stream = module.cuda.get_current_stream().ptr
+        extras = [x.get() for x in extras]  # the native part reads these on the host
+    _native.forward(options, q, k, v, extras, o, lse, stream)
     return o, lse

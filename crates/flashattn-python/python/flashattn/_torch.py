@@ -161,7 +161,9 @@ def _vjp(ctx: Any, do: Optional[Tensor], dlse: Optional[Tensor]) -> tuple:
 
 
 def _second_derivative(ctx: Any, *gradients: Any) -> Any:
-    raise NotImplementedError("second derivatives of attention are not there; use plain attention where they are needed")
+    raise NotImplementedError(
+        "second derivatives of attention are not there; use plain attention where they are needed"
+    )
 
 
 _library = torch.library.Library("flashattn", "DEF")

@@ -32,7 +32,6 @@ def register(name: str = "fused") -> None:
 
     Examples
     --------
-    >>> import flashattn.hf
     >>> flashattn.hf.register()
     >>> model = AutoModelForCausalLM.from_pretrained("…", attn_implementation="fused")
     """
