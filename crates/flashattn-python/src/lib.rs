@@ -101,6 +101,7 @@ mod _native {
 
     /// Fills dq, dk, dv and d_extras: gradients of the tables that get one, in order, then of the sinks.
     #[pyfunction]
+    #[pyo3(signature = (options, q, k, v, extras, o, lse, do_, dlse, dq, dk, dv, d_extras, stream=None))]
     fn backward(
         py: Python<'_>,
         options: &str,
@@ -116,8 +117,9 @@ mod _native {
         dk: &Bound<'_, PyAny>,
         dv: &Bound<'_, PyAny>,
         d_extras: Vec<Bound<'_, PyAny>>,
+        stream: Option<usize>,
     ) -> PyResult<()> {
-        let mut held = Held::new(options, [q, k, v], &extras, None)?;
+        let mut held = Held::new(options, [q, k, v], &extras, stream)?;
         let given = Given {
             o: held.take("o", o)?,
             lse: held.take("lse", lse)?,

@@ -21,7 +21,7 @@ SCORE_MODS = {
     "where": lambda s, b, h, q, k: torch.where(q // 16 == k // 16, s, s - 1.5),
     "integers": lambda s, b, h, q, k: s + 0.01 * ((q * 7 - k * 3) % 11 - (q - k) // 5),
     "bits": lambda s, b, h, q, k: s + 0.1 * (((q ^ k) & 3) | (q >> 2) & 1),
-    "powers": lambda s, b, h, q, k: s**2 * 0.1 + torch.exp(-0.1 * (q - k).abs()) + torch.sqrt(1.0 + k),
+    "powers": lambda s, b, h, q, k: s**2 * 0.1 + 1.5 ** (-0.1 * k) + s**3.0 * 0.01 + torch.exp(-0.1 * (q - k).abs()) + torch.sqrt(1.0 + k),
     "logarithms": lambda s, b, h, q, k: s - torch.log(1.0 + (q - k).abs()) + torch.log2(1.0 + k) * 0.1,
     "sigmoid": lambda s, b, h, q, k: torch.sigmoid(s) * 2 + torch.exp2(-s.abs()),
     "clamped": lambda s, b, h, q, k: s.clamp(-1, 1) + torch.clamp(q - k, min=-3, max=4) * 0.1,
@@ -147,6 +147,20 @@ def test_numpy_tables_and_functions():
     assert np.array_equal(got, expected.numpy())
 
 
+def test_minus_infinity_hides():
+    """FlexAttention's other way to mask; also where a query sees nothing."""
+    q, k, v = inputs(sq=40, sk=40, d=16)
+    hide = lambda s, b, h, q, k: torch.where((q >= k) & (q > 5), s, -float("inf"))
+    mask = lambda b, h, q, k: (q >= k) & (q > 5)
+    d_o = torch.randn(2, 40, 6, 16)
+    results = []
+    for options in (dict(score_mod=hide), dict(mask_mod=mask)):
+        o, lse = flashattn.attention(q, k, v, return_lse=True, **options)
+        results.append([o, lse, *torch.autograd.grad(o, (q, k, v), d_o)])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_trace_is_made_once():
     calls = []
 
@@ -173,6 +187,7 @@ WRONG = {
     "bool plus float": (lambda s, b, h, q, k: s + (q > k), TypeError, "number"),
     "nothing": (lambda s, b, h, q, k: None, TypeError, "None"),
     "sine": (lambda s, b, h, q, k: torch.sin(s), NotImplementedError, "sin"),
+    "a power": (lambda s, b, h, q, k: s**k, NotImplementedError, "power"),
     "slices": (lambda s, b, h, q, k: s + torch.ones(9, 9)[q, :], NotImplementedError, "slices"),
     "too few indices": (lambda s, b, h, q, k: s + torch.ones(9, 9)[q], TypeError, "2 dimensions is indexed by 1"),
     "too many": (lambda s, b, h, q, k: s + torch.ones(9)[q, k], IndexError, "1 dimension"),

@@ -29,6 +29,7 @@ def backward(
     dk: Any,
     dv: Any,
     d_extras: Sequence[Any],
+    stream: Optional[int] = None,
 ) -> None: ...
 def dropout_mask(seed: int, p: float, out: Any) -> None: ...
 def io_model(

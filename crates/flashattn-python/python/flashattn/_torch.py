@@ -62,22 +62,26 @@ def _gradients(
     return [_like(x, x.shape[-1]) for x in (q, k, v)], d_extras
 
 
+def _on_device(q: Tensor, extras: list[Tensor]) -> tuple[Optional[int], list[Tensor]]:
+    """The current stream; the extras on the host, where the native part reads them: calls with some wait for them."""
+    if not q.is_cuda:
+        return None, extras
+    return torch.cuda.current_stream(q.device).cuda_stream, [x.cpu() for x in extras]
+
+
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, extras: list[Tensor], options: str, max_seqlen_q: int, max_seqlen_k: int
 ) -> tuple[Tensor, Tensor]:
     o, lse = _outputs(q, v)
     q, k, v = (_unit(x) for x in (q, k, v))
-    stream, workspace = None, None
-    if q.is_cuda:
-        stream = torch.cuda.current_stream(q.device).cuda_stream
-        # The native part reads these on the host: such a call waits for them.
-        extras = [x.cpu() for x in extras]
-        if torch.cuda.is_current_stream_capturing():
-            # Memory of the graph's own pool: the plan's may be used by other calls while the graph runs.
-            a, b, c = (to_dlpack(x) for x in (q, k, v))
-            tables = [to_dlpack(x) for x in extras]
-            size = _native.forward_workspace(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse))
-            workspace = to_dlpack(torch.empty(size, dtype=torch.uint8, device=q.device))
+    stream, extras = _on_device(q, extras)
+    workspace = None
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        # Memory of the graph's own pool: the plan's may be used by other calls while the graph runs.
+        a, b, c = (to_dlpack(x) for x in (q, k, v))
+        tables = [to_dlpack(x) for x in extras]
+        size = _native.forward_workspace(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse))
+        workspace = to_dlpack(torch.empty(size, dtype=torch.uint8, device=q.device))
     a, b, c = (to_dlpack(x) for x in (q, k, v))
     tables = [to_dlpack(x) for x in extras]
     _native.forward(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse), stream, workspace)
@@ -106,6 +110,7 @@ def _backward(
     gradients, d_extras = _gradients(q, k, v, extras, options)
     a, b, c = (to_dlpack(_unit(x)) for x in (q, k, v))
     dq, dk, dv = (to_dlpack(x) for x in gradients)
+    stream, extras = _on_device(q, extras)
     _native.backward(
         options,
         a,
@@ -120,6 +125,7 @@ def _backward(
         dk,
         dv,
         [to_dlpack(x) for x in d_extras],
+        stream,
     )
     return gradients + d_extras
 

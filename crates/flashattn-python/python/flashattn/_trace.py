@@ -404,17 +404,18 @@ def _dispatch(name: str, args: tuple, kwargs: Any = None) -> Any:
 
 def _power(t: _Trace, base: Any, exponent: Any) -> Term:
     x = t.term(base)
-    if isinstance(exponent, int) and 0 < exponent <= 16:
-        result = x
-        for _ in range(exponent - 1):
-            result = result * x
-        return result
+    if isinstance(exponent, (int, float)):
+        if exponent == 0.5:
+            return x.sqrt()
+        if exponent == int(exponent) and 0 < exponent <= 16:
+            result = x
+            for _ in range(int(exponent) - 1):
+                result = result * x
+            return result
     if isinstance(base, (int, float)) and base > 0:
         return (t.term(exponent) * math.log2(base)).exp2()
-    if exponent == 0.5:
-        return x.sqrt()
     raise NotImplementedError(
-        f"{base} ** {exponent}: only whole exponents from 1 to 16, 0.5, and positive constant bases can be traced"
+        "a power can be traced with a whole exponent from 1 to 16, with exponent 0.5, or with a positive constant base"
     )
 
 
