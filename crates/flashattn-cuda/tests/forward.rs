@@ -8,7 +8,7 @@ use flashattn_cuda::{
     Buffer, CudaExecutor, Device, DeviceSlice, DeviceView, Error, Forward, ForwardArgs, Stream, Workspace,
 };
 use flashattn_spec::mask::Mask;
-use flashattn_spec::suite::{Runner, corpus, random_cases};
+use flashattn_spec::suite::{Report, Runner, corpus, random_cases};
 use flashattn_spec::tensor::contiguous_strides;
 use flashattn_spec::{AttentionProblem, DType};
 use half::bf16;
@@ -74,13 +74,23 @@ fn the_corpus_on_the_gpu() {
     let mut cases = corpus();
     cases.extend(random_cases(2027, 300));
     cases.iter_mut().for_each(|case| case.backward = false);
-    let report = Runner::new().run(&CudaExecutor::new(open().0), &cases);
-    println!("{} passed, {} failed, {} refused", report.passed, report.failed, report.skipped);
-    for skip in &report.skips {
+    // On threads, as compiling kernels and asking the oracle take the time.
+    let shares = cases.chunks(cases.len().div_ceil(8));
+    let reports: Vec<Report> = std::thread::scope(|scope| {
+        let run = |share| scope.spawn(move || Runner::new().run(&CudaExecutor::new(open().0), share));
+        let threads: Vec<_> = shares.map(run).collect();
+        threads.into_iter().map(|thread| thread.join().expect("runs to its end")).collect()
+    });
+    let count = |of: fn(&Report) -> usize| reports.iter().map(of).sum::<usize>();
+    let (passed, failed) = (count(|report| report.passed), count(|report| report.failed));
+    println!("{passed} passed, {failed} failed, {} refused", count(|report| report.skipped));
+    for skip in reports.iter().flat_map(|report| &report.skips) {
         let refused = ["dtype: f32", "head dimension:"].iter().any(|reason| skip.feature.starts_with(reason));
         assert!(refused, "{}: {}", skip.name, skip.feature);
     }
-    assert!(report.failed == 0 && report.passed > report.cases / 2, "{:#?}", report.failures);
+    let failures: Vec<_> = reports.iter().flat_map(|report| &report.failures).collect();
+    assert!(failed == 0 && count(|report| report.cases) == cases.len(), "{failures:#?}");
+    assert!(passed > cases.len() / 2);
 }
 
 #[test]
