@@ -147,6 +147,39 @@ def test_numpy_tables_and_functions():
     assert np.array_equal(got, expected.numpy())
 
 
+@on_devices
+def test_scaled_dot_product_attention(device):
+    """PyTorch's own signature, defaults, alignment and masks."""
+    theirs = torch.nn.functional.scaled_dot_product_attention
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in inputs(sq=61, sk=83, d=32, heads=4, device=device))
+    bias = torch.randn(61, 83, device=device, requires_grad=True)
+    per_head = torch.randn(1, 4, 1, 83, device=device, requires_grad=True)
+    visible = torch.rand(2, 1, 61, 83, device=device) < 0.7
+    cases = [
+        {},
+        {"is_causal": True},
+        {"attn_mask": bias},
+        {"attn_mask": per_head},
+        {"attn_mask": visible, "scale": 0.3},
+    ]
+    d_o = torch.randn(2, 4, 61, 32, device=device)
+    for options in cases:
+        learned = [q, k, v, *(x for x in options.values() if torch.is_tensor(x) and x.requires_grad)]
+        results = []
+        for function in (flashattn.scaled_dot_product_attention, theirs):
+            o = function(q, k, v, enable_gqa=True, **options)
+            results.append([o, *torch.autograd.grad(o, learned, d_o)])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    parameters = inspect.signature(flashattn.scaled_dot_product_attention).parameters.values()
+    got = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
+    documented = theirs.__doc__.partition("(")[2].partition(")")[0]
+    assert got == " ".join(documented.split())
+    for wrong in ({"attn_mask": bias[1:]}, {"attn_mask": bias, "is_causal": True}):
+        with pytest.raises(ValueError, match="attn_mask"):
+            flashattn.scaled_dot_product_attention(q, k, v, enable_gqa=True, **wrong)
+
+
 def test_minus_infinity_hides():
     """FlexAttention's other way to mask; also where a query sees nothing."""
     q, k, v = inputs(sq=40, sk=40, d=16)

@@ -28,7 +28,7 @@ from .flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from .flex import BlockMask, create_block_mask, flex_attention
+from .flex import BlockMask, create_block_mask, flex_attention, scaled_dot_product_attention
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ __all__ = [
     "install_as_flash_attn",
     "io",
     "num_threads",
+    "scaled_dot_product_attention",
     "set_num_threads",
     "trace_mask_mod",
     "trace_score_mod",
