@@ -108,36 +108,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let done = Finished { tile: self.work.unset(), reference: pair(), row_sum: pair() };
         self.next_tile(&tile, [q_state, k_state], left);
         k.if_(tile.exists.ne(0), || {
-            self.pass_over_values(v_state);
+            // The first block has none before it: its products are with P = 0, for one loop's code compiles faster than two.
+            let [switch, first] = [k.var(true), k.var(true)];
+            self.p.iter().flatten().for_each(|p| p.set(k.pack::<H>(0.0, 0.0)));
             self.clear();
-            shared.k_pipeline.consumer_wait(k, k_state);
-            self.next_block(&tile, k_state);
-            k.wgmma_fence();
-            self.scores(q_state, k_state);
-            k.wgmma_commit();
-            k.wgmma_wait(0);
-            shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
-            k_state.advance();
-            self.modify_and_mask(&tile);
-            self.exponentiate();
-            self.probabilities(&tile);
-            let switch = k.reg::<bool>();
             k.loop_(|| {
-                left.set(left - 1);
-                switch.set(left.eq(0));
-                k.if_(switch, || {
-                    self.work.set(&done.tile, &tile);
-                    for half in 0..2 {
-                        done.reference[half].set(self.softmax.reference[half]);
-                        done.row_sum[half].set(self.softmax.row_sum[half]);
-                    }
-                    if !config.q_in_registers {
-                        shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
-                    }
-                    q_state.advance();
-                    self.next_tile(&tile, [q_state, k_state], left);
-                });
-                k.break_if(tile.exists.eq(0));
                 shared.k_pipeline.consumer_wait(k, k_state);
                 self.next_block(&tile, k_state);
                 self.wait_turn();
@@ -156,18 +131,36 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.modify_and_mask(&tile);
                 self.exponentiate();
                 k.wgmma_wait(0);
-                shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                v_state.advance();
+                k.if_(!first, || {
+                    shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                    v_state.advance();
+                });
                 self.probabilities(&tile);
                 k.if_else(
                     switch,
                     || {
                         self.pass_over_values(v_state);
-                        self.write(&done);
+                        k.if_(!first, || self.write(&done));
                         self.clear();
                     },
                     || self.rescale(),
                 );
+                first.set(false);
+                left.set(left - 1);
+                switch.set(left.eq(0));
+                k.if_(switch, || {
+                    self.work.set(&done.tile, &tile);
+                    for half in 0..2 {
+                        done.reference[half].set(self.softmax.reference[half]);
+                        done.row_sum[half].set(self.softmax.row_sum[half]);
+                    }
+                    if !config.q_in_registers {
+                        shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
+                    }
+                    q_state.advance();
+                    self.next_tile(&tile, [q_state, k_state], left);
+                });
+                k.break_if(tile.exists.eq(0));
             });
             shared.v_pipeline.consumer_wait(k, v_state);
             k.wgmma_fence();
@@ -487,6 +480,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let (k, config, params, tile) = (self.k, self.config, self.params, &done.tile);
         let [o, lse] = self.work.outputs(tile);
         let sink = self.work.sink(tile);
+        // The thread's columns in bytes: in fours, even threads have some of the first eight of sixteen, odd ones of the second.
+        let wide = ((self.lane & 1) << 4) + ((self.lane & 2) << 2);
+        let [wide, narrow] = [wide, self.column << 1].map(|bytes| bytes.to_u64());
         for half in 0..2 {
             let row = tile.m_block * config.tile_m() + self.row + 8 * half as u32;
             let share = done.row_sum[half];
@@ -505,14 +501,15 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             let exists = row.lt(tile.seqlen_q);
             // The four threads of a row hold the same; the one with column 0 writes.
             k.when(self.column.eq(0) & exists, || (lse + row.to_u64() * 4).address().store(end.lse));
-            let at = (o + row.to_u64() * params.o_strides[1] * 2).address();
+            let at = o + row.to_u64() * params.o_strides[1] * 2;
+            let [wide, narrow] = [wide, narrow].map(|column| (at + column).address());
             for (i, columns) in registers.chunks(4).enumerate() {
                 let first = 16 * i as u32;
                 if first + 16 <= config.head_dim_v {
-                    self.store_wide(at.at(2 * first as i32), columns, exists);
+                    self.store_wide(wide.at(2 * first as i32), columns, exists);
                 } else {
                     for (j, pair) in columns.chunks(2).enumerate() {
-                        self.store_narrow(at, first + 8 * j as u32, [pair[0], pair[1]], exists);
+                        self.store_narrow(narrow, first + 8 * j as u32, [pair[0], pair[1]], exists);
                     }
                 }
             }
@@ -527,9 +524,6 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let odd = (self.lane & 1).ne(0);
         let got = odd.select(first, second).shfl_bfly(1);
         let (low, high) = (odd.select(got, first), odd.select(second, got));
-        // Even threads have columns of the first eight, odd ones of the second.
-        let column = ((self.lane & 1) << 3) + ((self.lane & 2) << 1);
-        let at = (at.reg() + (column << 1).to_u64()).address();
         k.when(exists, || at.store_vec([low, high]));
     }
 
@@ -542,7 +536,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         exists: Reg<'k, bool>,
     ) {
         let (k, pair) = (self.k, self.k.pack::<H>(columns[0], columns[1]));
-        let at = (at.reg() + (self.column << 1).to_u64()).address().at(2 * first as i32);
+        let at = at.at(2 * first as i32);
         let left = self.config.head_dim_v.saturating_sub(first);
         if left >= 8 {
             k.when(exists, || at.store(pair));
