@@ -1,10 +1,14 @@
 //! GPUs, streams and events.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_void};
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::{self, CUctx_st, CUdevice_attribute as Attribute, CUevent_st, CUstream_st};
+use cudarc::driver::sys::{
+    self, CUctx_st, CUdevice_attribute as Attribute, CUevent_st, CUstream_st,
+    CUstreamCaptureStatus as Capture,
+};
 use ptx::instr::Target;
 
 use crate::driver::{self, Handle, check};
@@ -212,10 +216,23 @@ impl Stream {
 
     /// A number that no other stream of the process ever has, unlike handles, which the driver uses again.
     pub(crate) fn id(&self) -> Result<u64, Error> {
-        let mut id = 0;
+        /// The ids last seen, by context and handle: a stream that is captured does not tell its own.
+        static SEEN: Mutex<BTreeMap<(usize, usize), u64>> = Mutex::new(BTreeMap::new());
+        let key = (self.device.inner.context.0.addr(), self.raw.0.addr());
         let _current = self.device.current()?;
+        let mut status = Capture::CU_STREAM_CAPTURE_STATUS_NONE;
+        // SAFETY: the stream lives; the pointer is to a local.
+        check("cuStreamIsCapturing", unsafe { sys::cuStreamIsCapturing(self.raw.0, &mut status) })?;
+        let mut seen = SEEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if status != Capture::CU_STREAM_CAPTURE_STATUS_NONE
+            && let Some(&known) = seen.get(&key)
+        {
+            return Ok(known);
+        }
+        let mut id = 0;
         // SAFETY: the stream lives; the pointer is to a local; the per-thread default stream is resolved by the context.
         check("cuStreamGetId", unsafe { sys::cuStreamGetId(self.raw.0, &mut id) })?;
+        seen.insert(key, id);
         Ok(id)
     }
 

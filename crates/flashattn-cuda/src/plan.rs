@@ -434,6 +434,7 @@ fn configure(
         },
         mask_program: program(mask),
         score_mod: program(score_mod),
+        small_indices: score_mod.is_some() && p.seqlen_q.max(p.seqlen_k) < 1 << 22,
         prescaled: score_mod.is_some() || p.scale() <= 0.0,
         dropout,
         sinks: p.sinks,

@@ -34,13 +34,17 @@ impl<'k> Scores<'_, 'k> {
                 columns.push(self.kv + offset);
             }
             let row = Fragment::half(i);
-            change(register, Element { row, column, q: rows[row], kv: columns[column] });
+            change(
+                register,
+                Element { row, column, q: rows[row], kv: columns[column], kv_offset: Some(offset as u32) },
+            );
         }
     }
 
-    /// Each scaled score `s` to `program(s)·factor`.
-    pub fn modify(&self, program: &Program, tables: &[TableArgs<'k>], factor: f32) {
-        let mut emitter = ProgramEmitter::new(self.k, program, tables, self.place);
+    /// Each scaled score `s` to `program(s)·factor`; `small`: all lengths are below 2²².
+    pub fn modify(&self, program: &Program, tables: &[TableArgs<'k>], small: bool, factor: f32) {
+        let emitter = ProgramEmitter::new(self.k, program, tables, self.place);
+        let mut emitter = emitter.with_small_indices(small);
         self.each(|s, element| s.set(emitter.float(&element, s) * factor));
     }
 

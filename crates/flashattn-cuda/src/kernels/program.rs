@@ -49,6 +49,8 @@ pub struct Element<'k> {
     pub q: Reg<'k, i32>,
     /// Key index in its sequence.
     pub kv: Reg<'k, i32>,
+    /// By how much it is more than column 0's, where that is a constant.
+    pub kv_offset: Option<u32>,
 }
 
 /// A score mod at one element.
@@ -103,6 +105,12 @@ pub struct ProgramEmitter<'a, 'k> {
     program: &'a Program,
     tables: &'a [TableArgs<'k>],
     place: Place<'k>,
+    /// Whether lengths are below 2²², so that f32 holds sums of four indices.
+    small: bool,
+    /// Whether a node's value is needed, rather than taken as a float from those below it.
+    needed: Vec<bool>,
+    /// As `values`, of integers as floats.
+    floats: HashMap<(NodeId, Option<usize>, Option<usize>), Reg<'k, f32>>,
     /// Values by node, row (if it depends on the query) and column (if on the key); none that depend on the score.
     values: HashMap<(NodeId, Option<usize>, Option<usize>), Val<'k>>,
 }
@@ -110,7 +118,101 @@ pub struct ProgramEmitter<'a, 'k> {
 impl<'a, 'k> ProgramEmitter<'a, 'k> {
     /// For this program with these tables, in its order of slots.
     pub fn new(k: &'k Builder, program: &'a Program, tables: &'a [TableArgs<'k>], place: Place<'k>) -> Self {
-        ProgramEmitter { k, program, tables, place, values: HashMap::new() }
+        let needed = vec![true; program.nodes().len()];
+        let (values, floats) = (HashMap::new(), HashMap::new());
+        ProgramEmitter { k, program, tables, place, small: false, needed, floats, values }
+    }
+
+    /// Converts sums and differences of indices to floats before they differ by element, as conversions take the units that
+    /// exponentials take: ALiBi's |q − k| is then one subtraction. Only right if all lengths are below 2²².
+    pub fn with_small_indices(mut self, small: bool) -> Self {
+        self.small = small;
+        if small {
+            self.needed = vec![false; self.program.nodes().len()];
+            self.program.roots().to_vec().into_iter().for_each(|root| self.need(root));
+        }
+        self
+    }
+
+    /// Marks a node and those that it is computed from.
+    fn need(&mut self, id: NodeId) {
+        if std::mem::replace(&mut self.needed[id.index()], true) {
+            return;
+        }
+        match self.program.nodes()[id.index()] {
+            Node::Unary(UnOp::ToFloat, a) if self.linear(a) => self.need_floats(a),
+            Node::Unary(_, a) => self.need(a),
+            Node::Binary(_, a, b) => [a, b].into_iter().for_each(|node| self.need(node)),
+            Node::Select(a, b, c) => [a, b, c].into_iter().for_each(|node| self.need(node)),
+            Node::Load { index, .. } => index.into_iter().for_each(|node| self.need(node)),
+            Node::Score | Node::Var(_) | Node::Float(_) | Node::Int(_) | Node::Bool(_) => {}
+        }
+    }
+
+    /// The same for a node whose float is put together from those below it.
+    fn need_floats(&mut self, id: NodeId) {
+        match self.program.nodes()[id.index()] {
+            Node::Unary(_, a) if self.by_element(id) => self.need_floats(a),
+            Node::Binary(_, a, b) if self.by_element(id) => {
+                [a, b].into_iter().for_each(|node| self.need_floats(node));
+            }
+            _ => self.need(id),
+        }
+    }
+
+    fn by_element(&self, id: NodeId) -> bool {
+        let deps = self.program.deps()[id.index()];
+        deps.contains(Var::Q) && deps.contains(Var::Kv)
+    }
+
+    /// Whether a node is of few indices, added, subtracted, or their distance.
+    fn linear(&self, id: NodeId) -> bool {
+        /// How many; `None` if there is anything else.
+        fn indices(program: &Program, id: NodeId) -> Option<usize> {
+            match program.nodes()[id.index()] {
+                Node::Var(Var::Q | Var::Kv | Var::SeqlenQ | Var::SeqlenK) => Some(1),
+                Node::Int(x) if x.unsigned_abs() < 1 << 22 => Some(1),
+                Node::Unary(UnOp::Neg | UnOp::Abs, a) => indices(program, a),
+                Node::Binary(BinOp::Add | BinOp::Sub, a, b) => {
+                    Some(indices(program, a)? + indices(program, b)?)
+                }
+                _ => None,
+            }
+        }
+        self.small && self.by_element(id) && indices(self.program, id).is_some_and(|count| count <= 4)
+    }
+
+    /// An integer as a float: [`ProgramEmitter::with_small_indices`].
+    fn index_float(
+        &mut self,
+        id: NodeId,
+        element: &Element<'k>,
+        own: &HashMap<NodeId, Val<'k>>,
+    ) -> Reg<'k, f32> {
+        if self.by_element(id) {
+            match self.program.nodes()[id.index()] {
+                Node::Unary(UnOp::Abs, a) => return self.index_float(a, element, own).abs(),
+                Node::Unary(_, a) => return -self.index_float(a, element, own),
+                Node::Binary(op, a, b) => {
+                    let [a, b] = [a, b].map(|node| self.index_float(node, element, own));
+                    return if op == BinOp::Add { a + b } else { a - b };
+                }
+                _ => {}
+            }
+        }
+        let deps = self.program.deps()[id.index()];
+        let row = deps.contains(Var::Q).then_some(element.row);
+        let column = deps.contains(Var::Kv).then_some(element.column);
+        if let Some(&float) = self.floats.get(&(id, row, column)) {
+            return float;
+        }
+        let first = self.floats.get(&(id, row, Some(0))).copied();
+        let float = match (self.program.nodes()[id.index()], first, element.kv_offset) {
+            (Node::Var(Var::Kv), Some(first), Some(offset)) => first + offset as f32,
+            _ => self.to_float(own[&id]),
+        };
+        self.floats.insert((id, row, column), float);
+        float
     }
 
     /// The program's first root at an element, as a float. `score` is the scaled score.
@@ -154,6 +256,16 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
         let mut own: HashMap<NodeId, Val<'k>> = HashMap::new();
         for (i, deps) in program.deps().iter().enumerate() {
             let id = NodeId(i as u16);
+            if !self.needed[i] {
+                continue;
+            }
+            if let Node::Unary(UnOp::ToFloat, a) = program.nodes()[i]
+                && self.linear(a)
+            {
+                let value = self.index_float(a, element, &own);
+                own.insert(id, Val::Float(value));
+                continue;
+            }
             let row = deps.contains(Var::Q).then_some(element.row);
             let column = deps.contains(Var::Kv).then_some(element.column);
             if deps.contains_score() {

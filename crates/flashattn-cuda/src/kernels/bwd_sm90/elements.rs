@@ -202,7 +202,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
                 queries.push(query + Fragment::column_offset(i) as i32);
             }
             let column = Fragment::half(i);
-            body(i, &Element { row, column, q: queries[row], kv: keys[column] });
+            body(i, &Element { row, column, q: queries[row], kv: keys[column], kv_offset: None });
         }
     }
 

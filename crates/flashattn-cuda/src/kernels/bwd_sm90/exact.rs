@@ -191,7 +191,7 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
         let (q, kv) = (query.bits::<i32>(), key.bits::<i32>());
         let live = minus_lse.ne(f32::NEG_INFINITY);
         if let Some((program, _)) = &self.work.config.mask_program {
-            let element = Element { row: 0, column: 0, q, kv };
+            let element = Element { row: 0, column: 0, q, kv, kv_offset: None };
             return live & ProgramEmitter::new(k, program, &params.mask_tables, *place).bool(&element);
         }
         let diagonal = q + (self.sequence.seqlen_k - self.sequence.seqlen_q).bits::<i32>();
@@ -216,7 +216,8 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
         };
         let score = dot(&query.first, &key.first) * params.scale;
         let dp = dot(&query.second, &key.second);
-        let element = Element { row: 0, column: 0, q: query.index.bits(), kv: key.index.bits() };
+        let element =
+            Element { row: 0, column: 0, q: query.index.bits(), kv: key.index.bits(), kv_offset: None };
         let mut formula = Formula::new(k, config, params, place);
         let terms = formula.terms(&element, &Given { score, dp, minus_lse, delta });
         (terms.p, terms.dx)

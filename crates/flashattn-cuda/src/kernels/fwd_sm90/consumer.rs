@@ -357,7 +357,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             }
         }
         if let Some((program, _)) = &config.score_mod {
-            scores.modify(program, &params.score_tables, LOG2_E);
+            scores.modify(program, &params.score_tables, config.small_indices, LOG2_E);
         }
         let end = (tile.seqlen_k.bits::<i32>() - scores.kv).min(i32::MAX);
         let Blocks::Band(_) = tile.blocks_at else {

@@ -80,6 +80,8 @@ pub struct FwdConfig {
     /// Whether scores are multiplied by the scale before anything else: needed by a score mod and by a scale that is not
     /// positive (a maximum of scaled scores is the scaled maximum for a positive one only).
     pub prescaled: bool,
+    /// Whether all lengths are below 2²², with a score mod: see [`ProgramEmitter::with_small_indices`](super::program).
+    pub small_indices: bool,
     /// Whether probabilities are dropped out.
     pub dropout: bool,
     /// Whether a sink logit joins each row's denominator.
@@ -136,7 +138,8 @@ impl FwdConfig {
         let lists = self.mask == MaskKind::Blocks || self.varlen;
         match self.consumers {
             1 => (56, 240),
-            2 if lists => (40, 232),
+            // And of narrow heads the consumers have registers to spare.
+            2 if lists || self.head_dim.max(self.head_dim_v) <= 64 => (40, 232),
             2 => (24, 240),
             3 => (32, 160),
             _ => (24, 112),

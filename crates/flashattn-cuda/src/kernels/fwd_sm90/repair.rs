@@ -215,7 +215,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         let (k, params) = (self.k, self.params);
         let (q, kv) = (row.bits::<i32>(), key.bits::<i32>());
         if let Some((program, _)) = &self.config.mask_program {
-            let element = Element { row: 0, column: 0, q, kv };
+            let element = Element { row: 0, column: 0, q, kv, kv_offset: None };
             let place = self.place(tile).place;
             return ProgramEmitter::new(k, program, &params.mask_tables, place).bool(&element);
         }
@@ -246,7 +246,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             score = score * (params.scale * if config.score_mod.is_some() { 1.0 } else { LOG2_E });
         }
         if let Some((program, _)) = &config.score_mod {
-            let element = Element { row: 0, column: 0, q: row.index.bits(), kv: key.bits() };
+            let element = Element { row: 0, column: 0, q: row.index.bits(), kv: key.bits(), kv_offset: None };
             let mut emitter = ProgramEmitter::new(k, program, &params.score_tables, self.place(tile).place);
             score = emitter.float(&element, score) * LOG2_E;
         }
