@@ -1,9 +1,9 @@
 //! Attention on NVIDIA GPUs: kernels written with the [`ptx`] crate, compiled by the driver. At present on Hopper.
 //!
-//! [`Forward`] and [`Backward`] are the passes: made for an [`AttentionProblem`](flashattn_spec::AttentionProblem) on a [`Device`], put into a
-//! [`Stream`] with the caller's tensors ([`ForwardArgs`], [`BackwardArgs`]: owned [`Buffer`]s or another library's pointers) as often as one
-//! likes, from any thread. Below it lie [`plan`] and [`stage`], which turn a problem into launches and which the emulator runs
-//! too, and the thin layer over the driver: [`Module::load`] (verify, emit, the driver's compiler) → [`Module::launch`] with
+//! [`Forward`] and [`Backward`] are the passes: made for an [`AttentionProblem`](flashattn_spec::AttentionProblem) on a
+//! [`Device`], put into a [`Stream`] with the caller's tensors ([`ForwardArgs`], [`BackwardArgs`]: owned [`Buffer`]s or another
+//! library's pointers) as often as one likes, from any thread. Below them lie [`plan`] and [`stage`], which turn a problem into
+//! launches and which the emulator runs too, and the thin layer over the driver: [`Module::load`] (verify, emit, the driver's compiler) → [`Module::launch`] with
 //! typed [`Arg`]s; [`timing`] measures. The driver is loaded at run time: without one, [`Device::open`] returns
 //! [`Error::NoDriver`], and nothing of CUDA is needed to build.
 //!
