@@ -384,6 +384,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.bulk_reduce_add_f32(to.address(), from, bytes);
                 k.bulk_commit();
             });
+            // The other warpgroup comes next, and this one's next block waits for it.
+            if turn.is_some() && config.dq_part() == DqPart::Keys {
+                self.finish_adding();
+            }
         } else {
             if let Some(turn) = &turn {
                 k.if_(one, || turn.wait(k));
