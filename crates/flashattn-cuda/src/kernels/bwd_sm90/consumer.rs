@@ -2,12 +2,13 @@
 
 use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::{Cache, Order};
-use ptx::{B32, Descriptor, Fragment, TileLayout, WgmmaA};
+use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
 use super::work::{Work, WorkItem};
 use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
 
-/// Named barrier: both warpgroups' dS is there.
+/// First of the named barriers, one for each stage and warpgroup: the other warpgroup's dS is there. Two blocks' are
+/// never the same, since one warpgroup may say so of a block before the other has waited for the one before.
 const SCORES: u32 = 1;
 
 /// The block at hand: nothing of it stays in registers, of which there are none to spare.
@@ -55,6 +56,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub params: &'a Params<'k>,
     pub work: &'a Work<'a, 'k>,
     shared: &'a Shared<'k>,
+    /// Which item is at hand.
+    item: PipelineState<'k>,
     pub lane: Reg<'k, u32>,
     /// Which consumer, from 0.
     pub group: Reg<'k, u32>,
@@ -86,6 +89,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             params,
             work,
             shared,
+            item: shared.item_pipeline.start(k),
             lane: k.lane(),
             group,
             key: keys + Fragment::row(k),
@@ -109,7 +113,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let state = shared.q_pipeline.start(k);
         let block = Block { stage: k.var(0u32) };
         let products = || {
-            k.bar_sync(SCORES, 128 * CONSUMERS);
+            k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
             k.wgmma_fence();
             if self.config.split == Split::Columns {
                 self.d_values(&block);
@@ -133,14 +137,15 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.when(self.lane.eq(0), || self.adding().store_vec([k.var(0u32); 2]));
         }
         k.loop_(|| {
-            shared.k_pipeline.consumer_wait(k, k_state);
-            let item = self.work.told(shared);
+            shared.item_pipeline.consumer_wait(k, self.item);
+            let item = self.item();
             k.break_if(item.exists.eq(0));
             for &r in self.dk.registers.iter().chain(&self.dv.registers) {
                 r.set(0.0);
             }
             let left = k.var(item.blocks);
             k.if_(left.ne(0), || {
+                shared.k_pipeline.consumer_wait(k, k_state);
                 shared.q_pipeline.consumer_wait(k, state);
                 k.wgmma_fence();
                 self.scores(state.index);
@@ -168,15 +173,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 });
                 values();
                 k.wgmma_wait(0);
-                products();
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                products();
+                shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+                k_state.phase.set(k_state.phase ^ 1);
                 v_state.phase.set(v_state.phase ^ 1);
             });
             self.finish_adding();
-            let item = self.work.told(shared);
+            let item = self.item();
             k.sync_warp();
-            shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
-            k_state.phase.set(k_state.phase ^ 1);
+            shared.item_pipeline.consumer_release(k, self.item.index, self.lane);
+            self.item.advance();
             self.write(&item);
         });
     }
@@ -206,6 +213,12 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.store(&self.p, shared.p + at);
         }
         k.fence_proxy_async();
+        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+    }
+
+    /// The barrier at which warpgroup `group` waits for the other's dS.
+    fn scores_barrier(&self, block: &Block<'k>, group: Reg<'k, u32>) -> Reg<'k, u32> {
+        block.stage * CONSUMERS + group + SCORES
     }
 
     /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
@@ -231,7 +244,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// The item at hand.
     pub fn item(&self) -> WorkItem<'k> {
-        self.work.told(self.shared)
+        self.work.told(self.shared, self.item.index)
     }
 
     /// Stats of a block's rows.
@@ -364,8 +377,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
         let turn = self.params.semaphores.map(|semaphores| {
             let index = tile * BwdConfig::SEMAPHORES + part;
-            let rank =
-                if config.dq_part() == DqPart::Keys { rank * CONSUMERS + self.group } else { rank };
+            let rank = if config.dq_part() == DqPart::Keys { rank * CONSUMERS + self.group } else { rank };
             Turn { semaphore: index.mad_wide(4, semaphores).address(), index, rank }
         });
         if config.dq_staged() {

@@ -415,10 +415,12 @@ struct Shared<'k> {
     pub adding: Address<'k, u32>,
     /// Stats by stage of Q.
     pub stats: Address<'k, u32>,
-    /// The item that K and V belong to.
+    /// The item at hand and the next.
     pub item: Address<'k, u32>,
     /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, how many add to its dQ before, tile.
     pub block: Address<'k, u32>,
+    /// Told ahead of K, so that V and dO come at the same time.
+    pub item_pipeline: Pipeline<'k>,
     pub k_pipeline: Pipeline<'k>,
     pub v_pipeline: Pipeline<'k>,
     pub q_pipeline: Pipeline<'k>,
@@ -426,6 +428,9 @@ struct Shared<'k> {
 }
 
 impl<'k> Shared<'k> {
+    /// Bytes of an item.
+    const ITEM_BYTES: u32 = 48;
+
     fn new(k: &'k Builder, config: &BwdConfig) -> Self {
         let (align, warps, stages) = (TileLayout::ALIGN, 4 * CONSUMERS, config.stages);
         let scores = config.scores().bytes();
@@ -440,9 +445,10 @@ impl<'k> Shared<'k> {
             dq: k.shared("dq", dq_bytes, 128),
             adding: k.shared("adding", if config.deterministic { 8 * warps } else { 0 }, 8),
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
-            item: k.shared("item", 48, 16),
+            item: k.shared("item", 2 * Self::ITEM_BYTES, 16),
             block: k.shared("block", 16 * stages, 16),
-            k_pipeline: Pipeline::new(k, "k", 1, warps + 1, 1),
+            item_pipeline: Pipeline::new(k, "item", 2, warps + 1, 1),
+            k_pipeline: Pipeline::new(k, "k", 1, warps, 1),
             v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
             q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
             do_pipeline: Pipeline::new(k, "do", stages, warps, 1),
@@ -480,6 +486,7 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
         let shared = Shared::new(k, config);
         let work = Work::new(k, config, &params);
         k.if_(k.tid(0).eq(0), || {
+            shared.item_pipeline.init(k);
             for pipeline in [shared.k_pipeline, shared.v_pipeline, shared.q_pipeline, shared.do_pipeline] {
                 pipeline.init(k);
             }
