@@ -223,9 +223,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
     fn values_early(&self) -> bool {
-        // With packed sequences the producers keep more, and leave fewer.
-        let few = self.config.programs() || self.config.varlen;
-        self.config.split == Split::Keys && self.config.tile_m == 64 && !few
+        self.config.split == Split::Keys && self.config.tile_m == 64 && !self.config.busy_producers()
     }
 
     /// Issues dV with P as an operand in registers.

@@ -136,8 +136,12 @@ impl BwdConfig {
 
     /// Registers a thread of the producers and of a consumer (`setmaxnreg`).
     fn registers(&self) -> (u8, u8) {
-        // Lists of blocks and packed sequences are more for the producers to keep.
-        if self.varlen || self.programs() { (40, 232) } else { (24, 240) }
+        if self.busy_producers() { (40, 232) } else { (24, 240) }
+    }
+
+    /// Whether the producers have more to keep: lists of blocks, packed sequences, or both ends of a band.
+    fn busy_producers(&self) -> bool {
+        self.varlen || self.programs() || self.mask == MaskKind::Band { left: true, right: true }
     }
 
     fn layout(&self, rows: u32, columns: u32, halved: bool) -> TileLayout {
