@@ -75,8 +75,9 @@ pub struct BackwardTiles {
 pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     // The largest square that fits: dK and dV take 64 registers, S and dP 128.
     BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2 },
-    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 3 },
+    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ. A third
+    // stage would take the place of dQ in shared memory.
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 2 },
     // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
     BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
 ];
