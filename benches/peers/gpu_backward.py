@@ -1,8 +1,9 @@
-"""The backward kernels beside PyTorch's (cuDNN, FlashAttention-2) on one GPU, in one process:
-    cargo run --release -p flashattn-cuda --example bwd DIR && python3 benches/peers/gpu_backward.py DIR [--budget SECONDS]
-DIR has the PTX, compiled here by the driver, and the plans as JSON. Cases to check are compared with f64 on ragged shapes, with
-NaN where gradients are to be written; those of a deterministic plan also with themselves, bit by bit. Regime of timings:
-back-to-back launches of 150 ms on random inputs, median of three loops; the peers' before and after the head dimension's."""
+"""The backward kernels beside PyTorch's cuDNN on one GPU, in one process:
+    cargo run --release -p flashattn-cuda --example bwd DIR && python3 benches/peers/gpu_backward.py DIR … [--budget SECONDS]
+Each DIR has the PTX of one variant, compiled here by the driver when first used, and the plans as JSON. Cases to check are compared
+with f64 on ragged shapes, with NaN where gradients are to be written; those of a deterministic plan also with themselves, bit by
+bit. Regime of timings: back-to-back launches of 100 ms on random inputs, after a loop that warms up; shape by shape, all variants
+and then cuDNN. Lines and JSON are written as they come; a case begins only within the budget."""
 import argparse, ctypes as C, json, os, re, sys, time
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 cu = C.CDLL("libcuda.so.1")
 torch.zeros(1, device="cuda")
+SMS = torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def check(result, what):
@@ -46,6 +48,19 @@ class Kernel:
         check(cu.cuLaunchKernelEx(C.byref(config), self.function, pointers, None), self.about)
 
 
+class Variant:
+    """A folder's plans, and its kernels as far as they were asked for."""
+    def __init__(self, folder):
+        self.folder, self.name, self.compiled = folder, os.path.basename(os.path.normpath(folder)), {}
+        plans = json.load(open(os.path.join(folder, "bwd.json")))
+        self.files, self.cases = plans["kernels"], plans["cases"]
+
+    def kernels(self, i):
+        if i not in self.compiled:
+            self.compiled[i] = [Kernel(self.folder, about) for about in self.files[i]]
+        return self.compiled[i]
+
+
 class Map(C.Structure):
     _fields_ = [("bytes", C.c_ubyte * 128)]
 
@@ -64,8 +79,8 @@ def tensor_map(address, shape, strides, tile):
 
 class Case:
     """A case's tensors, bound to its kernels' arguments."""
-    def __init__(self, case, kernels, sms):
-        self.case, self.kernels = case, kernels[case["kernel"]]
+    def __init__(self, case, variant):
+        self.case, self.kernels, self.variant = case, variant.kernels(case["kernel"]), variant.name
         b, m, n, h, hk, d = (case[x] for x in ("batch", "m", "n", "heads", "heads_kv", "d"))
         bf16 = dict(device="cuda", dtype=torch.bfloat16)
         t = self.t = dict(Q=torch.randn(b, m, h, d, **bf16), K=torch.randn(b, n, hk, d, **bf16), V=torch.randn(b, n, hk, d, **bf16),
@@ -74,7 +89,7 @@ class Case:
             t[name] = torch.full_like(t[like], float("nan"))
         for name, size in case["workspace"]:
             t[name] = torch.full((size // 4,), float("nan"), device="cuda")
-        self.grids = [case["query_blocks"], min(case["items"], sms), case["query_blocks"]]
+        self.grids = [case["query_blocks"], min(case["items"], SMS), case["query_blocks"]]
 
     def bind(self, o, lse):
         self.t["O"], self.t["Lse"] = o, lse
@@ -129,11 +144,11 @@ def correct(case):
         torch.cuda.synchronize()
         same &= all(torch.equal(t[x], first[x]) for x in (expected if case.case["deterministic"] else ("DK", "DV")))
     shape = [case.case[x] for x in ("batch", "m", "n", "heads", "heads_kv", "d", "causal", "deterministic")]
-    print("ok   " if good and same else "WRONG", shape, {x: f"{e:.1e}" for x, e in error.items()}, "" if same else "runs differ", flush=True)
+    print("ok   " if good and same else "WRONG", case.variant, shape, {x: f"{e:.1e}" for x, e in error.items()}, "" if same else "runs differ", flush=True)
     return good and same
 
 
-def sustained(f, ms=150):
+def sustained(f, ms=100):
     def loop(times):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -143,8 +158,8 @@ def sustained(f, ms=150):
         torch.cuda.synchronize()
         return start.elapsed_time(end) / times
     loop(2)
-    times = max(5, int(ms / loop(5)))
-    return sorted(loop(times) for _ in range(3))[1]
+    times = max(3, int(ms / loop(3)))
+    return sorted(loop(times) for _ in range(2))[0]
 
 
 def flash(t, causal):
@@ -157,29 +172,30 @@ def time_ours(case):
     c = case.case
     case.bind(*flash(case.t, c["causal"]))
     ms = sustained(case.launch)
-    parts = [sustained(lambda i=i: case.launch((i,)), 50) for i in range(3)]
+    parts = [sustained(lambda i=i: case.launch((i,)), 30) for i in range(3)]
     flops = 10 * c["batch"] * c["heads"] * c["m"] * c["n"] * c["d"] * (0.5 if c["causal"] else 1)
-    row = dict(peer="ours", d=c["d"], causal=c["causal"], n=c["n"], deterministic=c["deterministic"], ms=ms, tflops=flops / ms / 1e9,
-               parts_ms=parts)
-    print(f"ours  d {c['d']} {'causal' if c['causal'] else 'full  '} n {c['n']:6}{' det' if c['deterministic'] else '    '} "
-          f"{row['tflops']:5.0f} TFLOP/s  {ms:.3f} ms (pre {parts[0]:.3f} main {parts[1]:.3f} post {parts[2]:.3f}; main {flops / parts[1] / 1e9:.0f})", flush=True)
+    row = dict(peer=case.variant, d=c["d"], causal=c["causal"], n=c["n"], deterministic=c["deterministic"], ms=ms,
+               tflops=flops / ms / 1e9, parts_ms=parts)
+    print(f"{case.variant:8} d {c['d']} {'causal' if c['causal'] else 'full  '} n {c['n']:6}{' det' if c['deterministic'] else '    '} "
+          f"{row['tflops']:5.0f} TFLOP/s  {ms:.3f} ms (pre {parts[0]:.3f} main {parts[1]:.3f} post {parts[2]:.3f}; main {flops / parts[1] / 1e9:.0f}) "
+          f"{case.kernels[1].about.split(': ')[1]}", flush=True)
     return row
 
 
 ABLATIONS = {
     "as it is": [],
-    "no dQ sums": [(rb"\n[^\n]*red\.relaxed\.gpu\.global\.add\.v4\.f32[^\n]*", b"")],
+    "no dQ sums": [(rb"\n[^\n]*(red\.relaxed\.gpu\.global\.add\.v4\.f32|cp\.reduce\.async\.bulk)[^\n]*", b"")],
     "no exp2": [(rb"ex2\.approx\.ftz\.f32 ", b"mov.f32 ")],
-    "no barrier of dS": [(rb"\n[^\n]*bar\.sync 1, 256;", b"")],
+    "no barrier of dS": [(rb"\n[^\n]*bar\.(sync|arrive) [^0][^\n]*, 256;", b"")],
     "no dS stored": [(rb"\n[^\n]*stmatrix[^\n]*", b"")],
 }
 
 
-def ablate(folder, plan, kernels, sms):
+def ablate(plan, variant):
     """What the main kernel takes without one of its parts (its results are wrong then)."""
-    case = Case(plan, kernels, sms)
+    case = Case(plan, variant)
     case.bind(*flash(case.t, plan["causal"]))
-    about = plan["abouts"][1]
+    about = variant.files[plan["kernel"]][1]
     flops = 10 * plan["batch"] * plan["heads"] * plan["m"] * plan["n"] * plan["d"] * (0.5 if plan["causal"] else 1)
     for name, edits in ABLATIONS.items():
         def change(text):
@@ -187,9 +203,9 @@ def ablate(folder, plan, kernels, sms):
                 text, count = re.subn(pattern, to, text)
                 assert count, f"{name}: nothing to take out"
             return text
-        kernel = Kernel(folder, about, change)
+        kernel = Kernel(variant.folder, about, change)
         ms = sustained(lambda: kernel.launch(case.grids[1], case.pointers), 80)
-        print(f"main d {plan['d']} {'causal' if plan['causal'] else 'full'} n {plan['n']} {name}: {flops / ms / 1e9:.0f} TFLOP/s  {kernel.about}", flush=True)
+        print(f"{variant.name} main d {plan['d']} {'causal' if plan['causal'] else 'full'} n {plan['n']} {name}: {flops / ms / 1e9:.0f} TFLOP/s  {kernel.about}", flush=True)
 
 
 def time_peer(name, backend, d, causal, n):
@@ -200,44 +216,66 @@ def time_peer(name, backend, d, causal, n):
         o = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         ms = sustained(lambda: torch.autograd.grad(o, (q, k, v), g, retain_graph=True))
     tflops = 10 * b * h * n * n * d * (0.5 if causal else 1) / ms / 1e9
-    print(f"{name} d {d} {'causal' if causal else 'full  '} n {n:6}     {tflops:5.0f} TFLOP/s  {ms:.3f} ms", flush=True)
+    print(f"{name:8} d {d} {'causal' if causal else 'full  '} n {n:6}     {tflops:5.0f} TFLOP/s  {ms:.3f} ms", flush=True)
     return dict(peer=name, d=d, causal=causal, n=n, ms=ms, tflops=tflops)
 
 
 def main():
     args = argparse.ArgumentParser()
-    args.add_argument("folder")
+    args.add_argument("folders", nargs="+", help="variants; the first is the one to check")
     args.add_argument("--budget", type=float, default=500)
     args.add_argument("--json")
+    args.add_argument("--check-only", action="store_true")
+    args.add_argument("--checks", type=int, default=1000, help="at most so many, spread over all")
+    args.add_argument("--time", help="d:full|causal:N,…  instead of all shapes of the first folder")
+    args.add_argument("--deterministic", action="store_true", help="times of deterministic plans, too")
     args.add_argument("--no-peers", action="store_true")
-    args.add_argument("--ablate", action="store_true", help="the main kernel at 8192 without its parts")
+    args.add_argument("--ablate", action="store_true", help="the first variant's main kernel at 8192 without its parts")
     args = args.parse_args()
     start = time.time()
     torch.manual_seed(0)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    print(torch.cuda.get_device_name(), sms, torch.__version__, torch.backends.cudnn.version(), flush=True)
-    plans = json.load(open(os.path.join(args.folder, "bwd.json")))
-    kernels = [[Kernel(args.folder, about) for about in kernel] for kernel in plans["kernels"]]
-    for kernel in kernels:
-        print(kernel[1].about)
-    bad = [c for c in plans["cases"] if c["what"] == "check" and not correct(Case(c, kernels, sms))]
-    wrong = {c["kernel"] for c in bad}
-    rows = []
-    for c in (c for c in plans["cases"] if c["what"] == "time"):
-        if time.time() - start > args.budget:
-            print("out of time")
-            break
-        if c["kernel"] in wrong:
-            print("not timed, it is wrong:", c["d"], c["causal"], c["deterministic"])
-            continue
-        rows.append(time_ours(Case(c, kernels, sms)))
-        if args.ablate and c["n"] == 8192 and not c["deterministic"]:
-            ablate(args.folder, dict(c, abouts=plans["kernels"][c["kernel"]]), kernels, sms)
+    print(torch.cuda.get_device_name(), SMS, torch.__version__, torch.backends.cudnn.version(), flush=True)
+    variants = [Variant(folder) for folder in args.folders]
+    out_of_time = lambda: time.time() - start > args.budget
+    wrong, rows = {}, []
+
+    def keep(row):
+        rows.append(row)
+        if args.json:
+            json.dump(rows, open(args.json, "w"))
+
+    for v in variants:
+        checks = [c for c in v.cases if c["what"] == "check"]
+        # Of the other variants only each kernel once.
+        # Each second plan is deterministic: an odd step meets both.
+        checks = checks[::-(-len(checks) // args.checks) | 1] if v is variants[0] else list({c["kernel"]: c for c in checks}.values())
+        if args.time:
+            wanted = {tuple(x.split(":")[:2]) for x in args.time.split(",")}
+            checks = [c for c in checks if v is variants[0] or (str(c["d"]), "causal" if c["causal"] else "full") in wanted]
+        for c in checks:
+            if out_of_time():
+                print("out of time: not checked", v.name, c["d"], c["causal"], flush=True)
+            elif not correct(Case(c, v)):
+                wrong[v.name, c["kernel"]] = True
+    key = lambda c: (c["d"], c["causal"], c["n"], c["deterministic"])
+    timed = [c for c in variants[0].cases if c["what"] == "time" and (args.deterministic or not c["deterministic"])]
+    if args.time:
+        wanted = {(int(d), mask == "causal", int(n)) for d, mask, n in (x.split(":") for x in args.time.split(","))}
+        timed = [c for c in timed if key(c)[:3] in wanted]
+    for c in [] if args.check_only else timed:
+        for v in variants:
+            for same in (x for x in v.cases if x["what"] == "time" and key(x) == key(c)):
+                if out_of_time():
+                    return print("out of time", flush=True) or True
+                if (v.name, same["kernel"]) in wrong:
+                    print("not timed, it is wrong:", v.name, key(c), flush=True)
+                    continue
+                keep(time_ours(Case(same, v)))
         if not args.no_peers and not c["deterministic"]:
-            rows.append(time_peer("cudnn", SDPBackend.CUDNN_ATTENTION, c["d"], c["causal"], c["n"]))
-    if args.json:
-        json.dump(rows, open(args.json, "w"))
-    return bool(bad)
+            keep(time_peer("cudnn", SDPBackend.CUDNN_ATTENTION, *key(c)[:3]))
+        if args.ablate and c["n"] == 8192 and not c["deterministic"]:
+            ablate(c, variants[0])
+    return bool(wrong)
 
 
 if __name__ == "__main__":

@@ -42,11 +42,18 @@ pub const FORWARD_SM90: [Tiles; 5] = [
     tiles(256, [0, 0], [2, 64, 2], false),
 ];
 
-/// The same for kernels with a mask's program, a score mod or dropout. These take registers for each key of a block, so
-/// blocks are narrower and Q stays in shared memory: without spills, by ptxas 13.0.
+/// The same for kernels with a score mod and nothing else that takes registers for each key of a block.
+pub const FORWARD_SM90_SCORES: [Tiles; 4] = [
+    tiles(64, [1536, 6144], [3, 80, 3], false),
+    tiles(64, [0, 0], [2, 128, 3], false),
+    tiles(128, [0, 0], [2, 128, 2], false),
+    tiles(256, [0, 0], [2, 48, 2], false),
+];
+
+/// The same for kernels with a mask's program or dropout: blocks are narrower, without spills by ptxas 13.0.
 pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
     tiles(64, [0, 0], [2, 80, 3], false),
-    tiles(128, [0, 0], [2, 64, 2], false),
+    tiles(128, [0, 0], [2, 80, 2], false),
     tiles(256, [0, 0], [2, 48, 2], false),
 ];
 
@@ -68,8 +75,9 @@ pub struct BackwardTiles {
 pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     // The largest square that fits: dK and dV take 64 registers, S and dP 128.
     BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2 },
-    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 3 },
+    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ. A third
+    // stage would take the place of dQ in shared memory.
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 2 },
     // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
     BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
 ];
@@ -81,13 +89,33 @@ pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
     BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
 ];
 
-/// The row for these head dimensions and keys; `None` if a head dimension is beyond the table. `masked`: with any mask;
-/// `programs`: with programs or dropout.
-pub fn forward_sm90(head_dims: [usize; 2], keys: usize, masked: bool, programs: bool) -> Option<Tiles> {
+/// What a kernel has besides the products, the softmax and a band.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extras {
+    /// Nothing that takes registers.
+    None,
+    /// A score mod.
+    Score,
+    /// A mask's program or dropout, with a score mod or without.
+    Programs,
+}
+
+impl Extras {
+    /// The table's rows.
+    pub const fn rows(self) -> &'static [Tiles] {
+        match self {
+            Extras::None => &FORWARD_SM90,
+            Extras::Score => &FORWARD_SM90_SCORES,
+            Extras::Programs => &FORWARD_SM90_PROGRAMS,
+        }
+    }
+}
+
+/// The row for these head dimensions and keys; `None` if a head dimension is beyond the table. `masked`: with any mask.
+pub fn forward_sm90(head_dims: [usize; 2], keys: usize, masked: bool, extras: Extras) -> Option<Tiles> {
     let larger = head_dims[0].max(head_dims[1]);
-    let table: &[Tiles] = if programs { &FORWARD_SM90_PROGRAMS } else { &FORWARD_SM90 };
     let fits = |row: &&Tiles| larger <= row.head_dim as usize && keys >= row.keys[usize::from(masked)];
-    table.iter().find(fits).copied()
+    extras.rows().iter().find(fits).copied()
 }
 
 /// The same for the backward pass; `programs`: how many there are of a mask's program, a score mod, dropout.
@@ -113,13 +141,14 @@ mod tests {
 
     #[test]
     fn rows_are_chosen_by_the_larger_dimension() {
-        assert_eq!(forward_sm90([64, 1], 1536, false, false), Some(FORWARD_SM90[0]));
-        assert_eq!(forward_sm90([64, 1], 1535, false, false), Some(FORWARD_SM90[1]));
-        assert_eq!(forward_sm90([40, 65], 6143, true, false), Some(FORWARD_SM90[3]));
-        assert_eq!(forward_sm90([40, 65], 6144, true, false), Some(FORWARD_SM90[2]));
-        assert_eq!(forward_sm90([192, 128], 0, true, true), Some(FORWARD_SM90_PROGRAMS[2]));
-        assert_eq!(forward_sm90([257, 8], 1, false, false), None);
-        assert_eq!(forward_sm90([8, 257], 1, true, true), None);
+        assert_eq!(forward_sm90([64, 1], 1536, false, Extras::None), Some(FORWARD_SM90[0]));
+        assert_eq!(forward_sm90([64, 1], 1535, false, Extras::None), Some(FORWARD_SM90[1]));
+        assert_eq!(forward_sm90([40, 65], 6143, true, Extras::None), Some(FORWARD_SM90[3]));
+        assert_eq!(forward_sm90([40, 65], 6144, true, Extras::None), Some(FORWARD_SM90[2]));
+        assert_eq!(forward_sm90([64, 64], 2000, true, Extras::Score), Some(FORWARD_SM90_SCORES[1]));
+        assert_eq!(forward_sm90([192, 128], 0, true, Extras::Programs), Some(FORWARD_SM90_PROGRAMS[2]));
+        assert_eq!(forward_sm90([257, 8], 1, false, Extras::None), None);
+        assert_eq!(forward_sm90([8, 257], 1, true, Extras::Programs), None);
     }
 
     #[test]
@@ -128,7 +157,7 @@ mod tests {
             for dv in (8..=256).step_by(8) {
                 // Panels of 64 elements; barriers and the tile's numbers are less than a KiB, alignment as much.
                 let wide = |d: usize| d.next_multiple_of(64) as u32 * 2;
-                let rows = FORWARD_SM90.iter().chain(&FORWARD_SM90_PROGRAMS);
+                let rows = [Extras::None, Extras::Score, Extras::Programs].into_iter().flat_map(Extras::rows);
                 for tiles in rows.filter(|row| d.max(dv) <= row.head_dim as usize) {
                     let (q, kv) = (64 * tiles.consumers * wide(d), tiles.tile_n * (wide(d) + wide(dv)));
                     assert!(q + tiles.stages * kv + 2048 <= 227 * 1024, "{d} {dv}");

@@ -12,7 +12,7 @@ use flashattn_spec::mask::Mask;
 use flashattn_spec::{AttentionProblem, DType, ProblemError, philox};
 use ptx::instr::Element;
 
-use crate::config::{self, Tiles};
+use crate::config::{self, Extras, Tiles};
 use crate::kernels::{FwdConfig, MaskKind};
 
 pub use backward::{BackwardPlan, GradStrides, GradTensor};
@@ -407,9 +407,13 @@ fn configure(
         other => return unsupported(Feature::DType, other.to_string(), "bf16 or f16"),
     };
     let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
-    let programs = dropout || mask.is_some() || score_mod.is_some();
+    let extras = match (dropout || mask.is_some(), score_mod.is_some()) {
+        (true, _) => Extras::Programs,
+        (false, true) => Extras::Score,
+        (false, false) => Extras::None,
+    };
     let (head_dims, masked) = ([p.head_dim, p.head_dim_v], band != Some([None, None]));
-    let Some(tiles) = tiles.or_else(|| config::forward_sm90(head_dims, p.seqlen_k, masked, programs)) else {
+    let Some(tiles) = tiles.or_else(|| config::forward_sm90(head_dims, p.seqlen_k, masked, extras)) else {
         let most = config::FORWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
         return unsupported(Feature::HeadDim, got, format!("at most {most} each"));

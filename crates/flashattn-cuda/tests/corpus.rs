@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
 use emulated::{GRID, copy, failed, refused};
-use flashattn_cuda::config::{FORWARD_SM90, FORWARD_SM90_PROGRAMS, Tiles};
+use flashattn_cuda::config::{Extras, Tiles};
 use flashattn_cuda::kernels::{CopyConfig, FwdConfig, copy_rows, flash_fwd_sm90};
 use flashattn_cuda::plan::{Argument, Feature, ForwardPlan, PlanError, Strides, Tensor};
 use flashattn_cuda::stage::{Layout, Location, StagedPlan};
@@ -238,14 +238,18 @@ fn every_row_of_the_table_in_the_emulator() {
     cases.retain(|case| {
         names.iter().any(|name| case.name.starts_with(name)) && case.problem.dtype != DType::F32
     });
-    for (i, tiles) in FORWARD_SM90.into_iter().chain(FORWARD_SM90_PROGRAMS).enumerate() {
-        let rest = if i < FORWARD_SM90.len() { 0 } else { 1 };
-        let plain = |p: &AttentionProblem| {
-            p.dropout.is_none() && matches!(p.score_mod, ScoreMod::None) && !matches!(p.mask, Mask::Custom(_))
-        };
-        // Programs take registers, which on the GPU the plain rows do not have; here they are run on theirs.
+    let rows = [Extras::None, Extras::Score, Extras::Programs]
+        .map(|extras| extras.rows().iter().map(move |row| (extras, *row)));
+    for (i, (extras, tiles)) in rows.into_iter().flatten().enumerate() {
         let fits = |p: &AttentionProblem| {
-            p.head_dim.max(p.head_dim_v) <= tiles.head_dim as usize && (rest == 1 || plain(p))
+            let programs = p.dropout.is_some() || matches!(p.mask, Mask::Custom(_));
+            let score_mod = !matches!(p.score_mod, ScoreMod::None);
+            p.head_dim.max(p.head_dim_v) <= tiles.head_dim as usize
+                && match extras {
+                    Extras::None => !programs && !score_mod,
+                    Extras::Score => !programs,
+                    Extras::Programs => true,
+                }
         };
         let some: Vec<Case> =
             cases.iter().skip(i).step_by(5).filter(|case| fits(&case.problem)).cloned().collect();

@@ -56,6 +56,8 @@ impl<'a> Cluster<'a> {
             W::MbarrierExpectTx => return self.mbarrier_arrive(cx, false, Some(1), false),
             W::MbarrierTryWait => return self.mbarrier_wait(cx, false),
             W::MbarrierWait => return self.mbarrier_wait(cx, true),
+            // Global memory's order is checked by releases and acquires alone.
+            W::FenceProxyAsyncGlobal => {}
             W::FenceProxyAsync => {
                 self.fence_mbarriers(cx.warp);
                 self.warps[cx.warp].proxy_fence();

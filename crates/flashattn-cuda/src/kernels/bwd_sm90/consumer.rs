@@ -1,15 +1,15 @@
 //! A consumer warpgroup.
 
 use ptx::build::{Address, Builder, Half, Reg};
-use ptx::instr::Order;
-use ptx::{B32, Descriptor, Fragment, TileLayout, WgmmaA};
+use ptx::instr::{Cache, Order};
+use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
 use super::work::{Work, WorkItem};
 use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
 
-/// Named barriers: both warpgroups' dS is there; and each warpgroup's own.
+/// First of the named barriers, one for each stage and warpgroup: the other warpgroup's dS is there. Two blocks' are
+/// never the same, since one warpgroup may say so of a block before the other has waited for the one before.
 const SCORES: u32 = 1;
-const OWN: u32 = 2;
 
 /// The block at hand: nothing of it stays in registers, of which there are none to spare.
 #[derive(Clone, Copy)]
@@ -31,6 +31,24 @@ pub(super) struct About<'k> {
     tile: Reg<'k, u32>,
 }
 
+/// When it is a warp's turn to add its dQ'.
+struct Turn<'k> {
+    semaphore: Address<'k, u64>,
+    index: Reg<'k, u32>,
+    /// How many have been added before.
+    rank: Reg<'k, u32>,
+}
+
+impl<'k> Turn<'k> {
+    /// One thread waits.
+    fn wait(&self, k: &'k Builder) {
+        k.loop_(|| {
+            let [added] = self.semaphore.load_as::<u32, 1>(Order::Acquire, Cache::Default);
+            k.break_if(added.eq(self.rank));
+        });
+    }
+}
+
 /// A consumer warpgroup: its place and its operands.
 pub(super) struct Consumer<'a, 'k, H> {
     pub k: &'k Builder,
@@ -38,6 +56,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub params: &'a Params<'k>,
     pub work: &'a Work<'a, 'k>,
     shared: &'a Shared<'k>,
+    /// Which item is at hand.
+    item: PipelineState<'k>,
     pub lane: Reg<'k, u32>,
     /// Which consumer, from 0.
     pub group: Reg<'k, u32>,
@@ -69,6 +89,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             params,
             work,
             shared,
+            item: shared.item_pipeline.start(k),
             lane: k.lane(),
             group,
             key: keys + Fragment::row(k),
@@ -92,7 +113,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let state = shared.q_pipeline.start(k);
         let block = Block { stage: k.var(0u32) };
         let products = || {
-            k.bar_sync(SCORES, 128 * CONSUMERS);
+            k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
             k.wgmma_fence();
             if self.config.split == Split::Columns {
                 self.d_values(&block);
@@ -112,15 +133,19 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.pack_and_issue_values(&block);
             }
         };
+        if self.config.deterministic {
+            k.when(self.lane.eq(0), || self.adding().store_vec([k.var(0u32); 2]));
+        }
         k.loop_(|| {
-            shared.k_pipeline.consumer_wait(k, k_state);
-            let item = self.work.told(shared);
+            shared.item_pipeline.consumer_wait(k, self.item);
+            let item = self.item();
             k.break_if(item.exists.eq(0));
             for &r in self.dk.registers.iter().chain(&self.dv.registers) {
                 r.set(0.0);
             }
             let left = k.var(item.blocks);
             k.if_(left.ne(0), || {
+                shared.k_pipeline.consumer_wait(k, k_state);
                 shared.q_pipeline.consumer_wait(k, state);
                 k.wgmma_fence();
                 self.scores(state.index);
@@ -148,14 +173,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 });
                 values();
                 k.wgmma_wait(0);
-                products();
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                products();
+                shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+                k_state.phase.set(k_state.phase ^ 1);
                 v_state.phase.set(v_state.phase ^ 1);
             });
-            let item = self.work.told(shared);
+            self.finish_adding();
+            let item = self.item();
             k.sync_warp();
-            shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
-            k_state.phase.set(k_state.phase ^ 1);
+            shared.item_pipeline.consumer_release(k, self.item.index, self.lane);
+            self.item.advance();
             self.write(&item);
         });
     }
@@ -185,13 +213,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.store(&self.p, shared.p + at);
         }
         k.fence_proxy_async();
+        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+    }
+
+    /// The barrier at which warpgroup `group` waits for the other's dS.
+    fn scores_barrier(&self, block: &Block<'k>, group: Reg<'k, u32>) -> Reg<'k, u32> {
+        block.stage * CONSUMERS + group + SCORES
     }
 
     /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
     fn values_early(&self) -> bool {
-        // With packed sequences the producers keep more, and leave fewer.
-        let few = self.config.programs() || self.config.varlen;
-        self.config.split == Split::Keys && self.config.tile_m == 64 && !few
+        self.config.split == Split::Keys && self.config.tile_m == 64 && !self.config.busy_producers()
     }
 
     /// Issues dV with P as an operand in registers.
@@ -210,7 +242,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// The item at hand.
     pub fn item(&self) -> WorkItem<'k> {
-        self.work.told(self.shared)
+        self.work.told(self.shared, self.item.index)
     }
 
     /// Stats of a block's rows.
@@ -331,38 +363,79 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         self.product(&self.dq, a, b, [true, true], steps, true);
     }
 
-    /// Adds dQ' to the sums in global memory.
+    /// Adds the warp's dQ' to the sums in global memory.
     fn add_dq(&self, block: &Block<'k>) {
-        let (k, config, params) = (self.k, self.config, self.params);
+        let (k, config, shared) = (self.k, self.config, self.shared);
         let About { tile, rank, .. } = self.about(block);
         let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
-        let thread = k.tid(0) & 127;
-        let part_bytes = 64 * config.dq_columns() * 4;
-        let at = tile.mad_wide(config.dq_sum_bytes(), params.dq_sums);
-        let at = (at + (part * part_bytes + thread * 16).to_u64()).address();
-        let semaphore = params.semaphores.map(|semaphores| {
-            let (first, rank) = match config.dq_part() {
-                DqPart::Keys => (tile * BwdConfig::SEMAPHORES, rank * CONSUMERS + self.group),
-                _ => (tile * BwdConfig::SEMAPHORES + self.group, rank),
-            };
-            (first.mad_wide(4, semaphores).address(), rank)
+        let (bytes, warp) = (config.dq_warp_bytes(), (k.tid(0) >> 5) & 3);
+        let part = part * 4 + warp;
+        let to = tile.mad_wide(config.dq_sum_bytes(), self.params.dq_sums) + (part * bytes).to_u64();
+        let (lane_16, one) = (self.lane * 16, self.lane.eq(0));
+        let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
+        let turn = self.params.semaphores.map(|semaphores| {
+            let index = tile * BwdConfig::SEMAPHORES + part;
+            let rank = if config.dq_part() == DqPart::Keys { rank * CONSUMERS + self.group } else { rank };
+            Turn { semaphore: index.mad_wide(4, semaphores).address(), index, rank }
         });
-        if let Some((semaphore, rank)) = semaphore {
-            k.if_(thread.eq(0), || {
-                k.loop_(|| {
-                    let [added] = semaphore.load_as::<u32, 1>(Order::Acquire, ptx::instr::Cache::Default);
-                    k.break_if(added.eq(rank));
-                });
+        if config.dq_staged() {
+            let from = shared.dq + (self.group * 4 + warp) * bytes;
+            self.finish_adding();
+            k.sync_warp();
+            fours.for_each(|(j, four)| (from + lane_16).at(32 * 16 * j as i32).store_vec(*four));
+            k.fence_proxy_async();
+            k.sync_warp();
+            k.if_(one, || {
+                if let Some(turn) = &turn {
+                    turn.wait(k);
+                    k.fence_proxy_async_global();
+                    self.adding().store_vec([turn.index, turn.rank + 1]);
+                }
+                k.bulk_reduce_add_f32(to.address(), from, bytes);
+                k.bulk_commit();
             });
-            k.bar_sync(self.group + OWN, 128);
+            // The other warpgroup comes next, and this one's next block waits for it.
+            if turn.is_some() && config.dq_part() == DqPart::Keys {
+                self.finish_adding();
+            }
+        } else {
+            if let Some(turn) = &turn {
+                k.if_(one, || turn.wait(k));
+                k.sync_warp();
+            }
+            let to = (to + lane_16.to_u64()).address();
+            fours.for_each(|(j, four)| to.at(32 * 16 * j as i32).red_add_vec(*four));
+            if let Some(turn) = &turn {
+                k.fence_acq_rel();
+                k.sync_warp();
+                k.when(one, || turn.semaphore.store_as([turn.rank + 1], Order::Release));
+            }
         }
-        for (j, four) in self.dq.registers.as_chunks::<4>().0.iter().enumerate() {
-            at.at(128 * 16 * j as i32).red_add_vec(*four);
+    }
+
+    /// Where the warp keeps which semaphore it has to set to what.
+    fn adding(&self) -> Address<'k, u32> {
+        self.shared.adding + ((self.k.tid(0) >> 5) - 4) * 8
+    }
+
+    /// Waits for the reduction of the block before, if it is on its way, to let go of shared memory; or, if others wait for
+    /// it, to be done, and tells them.
+    fn finish_adding(&self) {
+        let (k, one) = (self.k, self.lane.eq(0));
+        if !self.config.dq_staged() {
+            return;
         }
-        if let Some((semaphore, rank)) = semaphore {
-            k.fence_acq_rel();
-            k.bar_sync(self.group + OWN, 128);
-            k.when(thread.eq(0), || semaphore.store_as([rank + 1], Order::Release));
-        }
+        let Some(semaphores) = self.params.semaphores else {
+            return k.when(one, || k.bulk_wait(0, true));
+        };
+        k.if_(one, || {
+            let [index, added] = self.adding().load_vec::<u32, 2>();
+            k.if_(added.ne(0), || {
+                k.bulk_wait(0, false);
+                k.fence_acq_rel();
+                index.mad_wide(4, semaphores).address().store_as([added], Order::Release);
+                self.adding().at(4).store(k.var(0u32));
+            });
+        });
     }
 }

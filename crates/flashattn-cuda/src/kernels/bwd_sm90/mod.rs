@@ -19,9 +19,10 @@
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
 //!    warpgroups wait for each other's dS.
-//! 2. *dQ' goes from registers to global memory* by reductions of 16 bytes a thread, 512 bytes in a row a warp: its layout is
-//!    our own, that of the accumulator's fragments. That takes two trips through shared memory, whose bandwidth is what
-//!    the products of 64 rows need most.
+//! 2. *Each warp adds its own 16 rows of dQ'* by one bulk reduction from shared memory: its layout is our own, that of the
+//!    accumulator's fragments, so that no warp waits for another. Where shared memory has no room for it
+//!    ([`BwdConfig::dq_staged`]), by reductions of 16 bytes a thread from registers, which take a quarter of the kernel's
+//!    time at head_dim 64.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
 //!    deterministic.
 //! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
@@ -135,8 +136,12 @@ impl BwdConfig {
 
     /// Registers a thread of the producers and of a consumer (`setmaxnreg`).
     fn registers(&self) -> (u8, u8) {
-        // Lists of blocks and packed sequences are more for the producers to keep.
-        if self.varlen || self.programs() { (40, 232) } else { (24, 240) }
+        if self.busy_producers() { (40, 232) } else { (24, 240) }
+    }
+
+    /// Whether the producers have more to keep: lists of blocks, packed sequences, or both ends of a band.
+    fn busy_producers(&self) -> bool {
+        self.varlen || self.programs() || self.mask == MaskKind::Band { left: true, right: true }
     }
 
     fn layout(&self, rows: u32, columns: u32, halved: bool) -> TileLayout {
@@ -195,13 +200,31 @@ impl BwdConfig {
         self.dq_parts() * 64 * self.dq_columns() * 4
     }
 
+    /// Bytes of a warp's dQ'.
+    fn dq_warp_bytes(&self) -> u32 {
+        16 * self.dq_columns() * 4
+    }
+
+    /// Bytes of the main kernel's tiles of 16-bit elements in shared memory.
+    fn tile_bytes(&self) -> u32 {
+        let scores = self.scores().bytes() * if self.split == Split::Columns { 2 } else { 1 };
+        let stage = self.q().bytes() + self.d_o().bytes() + scores + self.stats_bytes();
+        self.k().bytes() + self.v().bytes() + self.stages * stage
+    }
+
+    /// Whether dQ' goes to global memory through shared memory: where there is room for it.
+    fn dq_staged(&self) -> bool {
+        // Barriers, numbers, and what is lost to alignment are less than 2 KiB.
+        self.tile_bytes() + 4 * CONSUMERS * self.dq_warp_bytes() + 2048 <= Target::Sm90a.shared_limit()
+    }
+
     /// Bytes of the stats of a (sequence, head, m_block): −lse in base 2 of its rows, then their D.
     pub const fn stats_bytes(&self) -> u32 {
         2 * 4 * self.tile_m
     }
 
-    /// Semaphores of a (sequence, head, m_block): how many have added their dQ.
-    pub(crate) const SEMAPHORES: u32 = CONSUMERS;
+    /// Semaphores of a (sequence, head, m_block): for each warp's part of dQ', how many have been added to it.
+    pub(crate) const SEMAPHORES: u32 = 4 * CONSUMERS;
 
     /// Tensor maps of q, k, v and do: `shapes` are (head_dim, seqlen, heads, batch).
     pub fn tensor_maps(&self, shapes: [[u64; 4]; 4], strides: [Stride; 4]) -> [TensorMap; 4] {
@@ -244,8 +267,8 @@ struct Params<'k> {
     pub lse: Reg<'k, u64>,
     pub d_lse: Option<Reg<'k, u64>>,
     pub lse_strides: [Reg<'k, u64>; 2],
-    /// dQ', in tiles of [`BwdConfig::dq_sum_bytes`] by (head, tile): for each warpgroup with a part of its own its fragment,
-    /// four registers of each thread at a time.
+    /// dQ', in tiles of [`BwdConfig::dq_sum_bytes`] by (head, tile): for each warpgroup with a part of its own and each of its
+    /// warps the fragment, four registers of each lane at a time.
     pub dq_sums: Reg<'k, u64>,
     /// In tiles of [`BwdConfig::stats_bytes`].
     pub stats: Reg<'k, u64>,
@@ -390,12 +413,18 @@ struct Shared<'k> {
     /// [`Split::Columns`].
     pub ds: Address<'k, u32>,
     pub p: Address<'k, u32>,
+    /// dQ' by warp, if it is staged; and, in deterministic mode, which semaphore a warp has to set to what when its
+    /// reduction is done (0: none).
+    pub dq: Address<'k, u32>,
+    pub adding: Address<'k, u32>,
     /// Stats by stage of Q.
     pub stats: Address<'k, u32>,
-    /// The item that K and V belong to.
+    /// The item at hand and the next.
     pub item: Address<'k, u32>,
     /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, how many add to its dQ before, tile.
     pub block: Address<'k, u32>,
+    /// Told ahead of K, so that V and dO come at the same time.
+    pub item_pipeline: Pipeline<'k>,
     pub k_pipeline: Pipeline<'k>,
     pub v_pipeline: Pipeline<'k>,
     pub q_pipeline: Pipeline<'k>,
@@ -403,9 +432,13 @@ struct Shared<'k> {
 }
 
 impl<'k> Shared<'k> {
+    /// Bytes of an item.
+    const ITEM_BYTES: u32 = 48;
+
     fn new(k: &'k Builder, config: &BwdConfig) -> Self {
         let (align, warps, stages) = (TileLayout::ALIGN, 4 * CONSUMERS, config.stages);
         let scores = config.scores().bytes();
+        let dq_bytes = if config.dq_staged() { warps * config.dq_warp_bytes() } else { 0 };
         Shared {
             k: k.shared("k", config.k().bytes(), align),
             v: k.shared("v", config.v().bytes(), align),
@@ -413,10 +446,13 @@ impl<'k> Shared<'k> {
             d_o: k.shared("do", config.d_o().bytes() * stages, align),
             ds: k.shared("ds", stages * scores, align),
             p: k.shared("p", if config.split == Split::Columns { stages * scores } else { 0 }, align),
+            dq: k.shared("dq", dq_bytes, 128),
+            adding: k.shared("adding", if config.deterministic { 8 * warps } else { 0 }, 8),
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
-            item: k.shared("item", 48, 16),
+            item: k.shared("item", 2 * Self::ITEM_BYTES, 16),
             block: k.shared("block", 16 * stages, 16),
-            k_pipeline: Pipeline::new(k, "k", 1, warps + 1, 1),
+            item_pipeline: Pipeline::new(k, "item", 2, warps + 1, 1),
+            k_pipeline: Pipeline::new(k, "k", 1, warps, 1),
             v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
             q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
             do_pipeline: Pipeline::new(k, "do", stages, warps, 1),
@@ -454,6 +490,7 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
         let shared = Shared::new(k, config);
         let work = Work::new(k, config, &params);
         k.if_(k.tid(0).eq(0), || {
+            shared.item_pipeline.init(k);
             for pipeline in [shared.k_pipeline, shared.v_pipeline, shared.q_pipeline, shared.do_pipeline] {
                 pipeline.init(k);
             }

@@ -19,11 +19,11 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
         let first = place.m_block * config.tile_m;
         k.if_(first.lt(sequence.seqlen_q), || {
             let fragment = Fragment::new(k, config.dq_columns());
-            // A warpgroup's part, then a thread's four registers at a time.
-            let part = group * (64 * config.dq_columns() * 4) + (k.tid(0) & 127) * 16;
+            // A warp's part, then a lane's four registers at a time.
+            let part = k.warp() * config.dq_warp_bytes() + k.lane() * 16;
             let at = (tile.mad_wide(config.dq_sum_bytes(), params.dq_sums) + part.to_u64()).address();
             for (j, four) in fragment.registers.as_chunks::<4>().0.iter().enumerate() {
-                let values = at.at(128 * 16 * j as i32).load_vec::<f32, 4>();
+                let values = at.at(32 * 16 * j as i32).load_vec::<f32, 4>();
                 four.iter().zip(values).for_each(|(to, value)| to.set(value));
             }
             let queries = if config.dq_part() == DqPart::Queries { group * 64 } else { k.var(0u32) };

@@ -67,8 +67,8 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             });
             if let Some(semaphores) = params.semaphores {
                 let zero = k.var(0u32);
-                let at = (tile * BwdConfig::SEMAPHORES).mad_wide(4, semaphores).address();
-                k.when(k.tid(0).eq(0), || at.store_vec([zero; BwdConfig::SEMAPHORES as usize]));
+                let at = (tile * BwdConfig::SEMAPHORES + k.tid(0)).mad_wide(4, semaphores).address();
+                k.when(k.tid(0).lt(BwdConfig::SEMAPHORES), || at.store(zero));
             }
             if let Some([.., sums]) = params.sinks {
                 // The rows' sums in an order that is always the same.

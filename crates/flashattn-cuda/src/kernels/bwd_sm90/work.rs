@@ -228,22 +228,23 @@ impl<'a, 'k> Work<'a, 'k> {
         Block { m_block, head, partial: partial.select(0x8000_0000u32, 0u32), rank }
     }
 
-    /// Tells the consumers what comes with K.
-    fn tell(&self, shared: &Shared<'k>, item: &WorkItem<'k>) {
-        let s = &item.sequence;
-        shared.item.store_vec([item.exists, item.blocks, item.n_block, item.head_kv]);
-        shared.item.at(16).store_vec([item.batch, s.tile]);
+    /// Tells the consumers and the other producer.
+    fn tell(&self, shared: &Shared<'k>, slot: Reg<'k, u32>, item: &WorkItem<'k>) {
+        let (s, at) = (&item.sequence, shared.item + slot * Shared::ITEM_BYTES);
+        at.store_vec([item.exists, item.blocks, item.n_block, item.head_kv]);
+        at.at(16).store_vec([item.batch, s.tile]);
         if self.config.varlen {
-            shared.item.at(32).store_vec([s.seqlen_q, s.seqlen_k, s.q_row, s.kv_row]);
+            at.at(32).store_vec([s.seqlen_q, s.seqlen_k, s.q_row, s.kv_row]);
         }
     }
 
     /// What the producer told.
-    pub fn told(&self, shared: &Shared<'k>) -> WorkItem<'k> {
-        let [exists, blocks, n_block, head_kv] = shared.item.load_vec::<u32, 4>();
-        let [batch, tile] = shared.item.at(16).load_vec::<u32, 2>();
+    pub fn told(&self, shared: &Shared<'k>, slot: Reg<'k, u32>) -> WorkItem<'k> {
+        let at = shared.item + slot * Shared::ITEM_BYTES;
+        let [exists, blocks, n_block, head_kv] = at.load_vec::<u32, 4>();
+        let [batch, tile] = at.at(16).load_vec::<u32, 2>();
         let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
-            shared.item.at(32).load_vec::<u32, 4>()
+            at.at(32).load_vec::<u32, 4>()
         } else {
             let zero = self.k.var(0u32);
             [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
@@ -256,7 +257,6 @@ impl<'a, 'k> Work<'a, 'k> {
     /// another warp, V and dO. Two have half as much to keep in registers, and neither waits for the other's stages.
     pub fn load(&self, shared: &Shared<'k>, what: Loads) {
         let (k, config, params) = (self.k, self.config, self.params);
-        let k_state = shared.k_pipeline.start(k);
         let (once, layout, to, map) = match what {
             Loads::Queries => (shared.k_pipeline, config.k(), shared.k, params.maps[1]),
             Loads::Gradients => (shared.v_pipeline, config.v(), shared.v, params.maps[2]),
@@ -268,6 +268,7 @@ impl<'a, 'k> Work<'a, 'k> {
         for map in [map, stage_map] {
             k.prefetch_tensor_map(map);
         }
+        let (items, item_state) = (shared.item_pipeline, shared.item_pipeline.start(k));
         let (once_state, state) = (once.start(k), pipeline.start(k));
         let stats_bytes = config.stats_bytes();
         let next = match what {
@@ -281,34 +282,30 @@ impl<'a, 'k> Work<'a, 'k> {
                     let done = item.exists.eq(0);
                     // Asked for now, so that it is there when this item has been loaded.
                     k.if_(!done, || next.set(self.take()));
-                    once.producer_wait(k, once_state);
-                    self.tell(shared, &item);
-                    // An item that no query sees is announced all the same: its rows get their zeros from the consumers.
-                    let bytes = item.blocks.ne(0).select(layout.bytes(), 0u32);
-                    once.full(once_state).arrive_expect_tx(k, bytes);
-                    k.break_if(done);
+                    // While the consumers are at the item before.
+                    items.producer_wait(k, item_state);
+                    self.tell(shared, item_state.index, &item);
+                    items.full(item_state).arrive(k);
                     item
                 }
                 None => {
-                    shared.k_pipeline.consumer_wait(k, k_state);
-                    let item = self.told(shared);
-                    shared.k_pipeline.consumer_release(k, k_state.index, k.var(0u32));
-                    k_state.phase.set(k_state.phase ^ 1);
-                    k.break_if(item.exists.eq(0));
-                    k.if_(item.blocks.ne(0), || {
-                        once.producer_wait(k, once_state);
-                        once.full(once_state).arrive_expect_tx(k, layout.bytes());
-                    });
+                    items.consumer_wait(k, item_state);
+                    let item = self.told(shared, item_state.index);
+                    items.consumer_release(k, item_state.index, k.var(0u32));
                     item
                 }
             };
+            k.break_if(item.exists.eq(0));
+            item_state.advance();
             let batch = self.batch(item.batch);
             k.if_(item.blocks.ne(0), || {
                 let row = item.sequence.kv_row + item.n_block * config.tile_n();
-                self.panels(layout, to, map, [row, item.head_kv, batch], once.full(once_state));
-                if what == Loads::Gradients {
-                    once_state.phase.set(once_state.phase ^ 1);
-                }
+                let at = [row, item.head_kv, batch];
+                // Room for it there is only when the item before is done; until then it comes into L2.
+                self.each_panel(layout, at, |_, at| k.tma_prefetch(map, at));
+                once.producer_acquire(k, once_state, layout.bytes());
+                self.panels(layout, to, map, at, once.full(once_state));
+                once_state.phase.set(once_state.phase ^ 1);
                 self.each_block(&item, |block| {
                     let queries = [item.sequence.q_row + block.m_block * config.tile_m, block.head, batch];
                     pipeline.producer_wait(k, state);
@@ -329,9 +326,6 @@ impl<'a, 'k> Work<'a, 'k> {
                     state.advance();
                 });
             });
-            if what == Loads::Queries {
-                once_state.phase.set(once_state.phase ^ 1);
-            }
         });
     }
 
@@ -352,11 +346,17 @@ impl<'a, 'k> Work<'a, 'k> {
         at: [Reg<'k, u32>; 3],
         on: Mbarrier<'k>,
     ) {
+        self.each_panel(layout, at, |panel, at| {
+            self.k.tma_load(to.at((panel * layout.panel_bytes()) as i32), map, at, on);
+        });
+    }
+
+    /// Runs `body` for each panel of a tile with its box.
+    fn each_panel(&self, layout: TileLayout, at: [Reg<'k, u32>; 3], body: impl Fn(u32, &[Reg<'k, i32>; 4])) {
         let [row, head, batch] = at.map(|r| r.bits::<i32>());
         for panel in 0..layout.panels() {
             let column = self.k.var((panel * layout.panel_columns()) as i32);
-            let to = to.at((panel * layout.panel_bytes()) as i32);
-            self.k.tma_load(to, map, &[column, row, head, batch], on);
+            body(panel, &[column, row, head, batch]);
         }
     }
 }

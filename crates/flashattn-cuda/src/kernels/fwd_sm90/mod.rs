@@ -134,13 +134,9 @@ impl FwdConfig {
 
     /// Registers a thread of the producer and of a consumer (`setmaxnreg`).
     fn registers(&self) -> (u8, u8) {
-        // Lists of blocks and packed sequences are more for the producer to keep.
-        let lists = self.mask == MaskKind::Blocks || self.varlen;
         match self.consumers {
             1 => (56, 240),
-            // And of narrow heads the consumers have registers to spare.
-            2 if lists || self.head_dim.max(self.head_dim_v) <= 64 => (40, 232),
-            2 => (24, 240),
+            2 => (40, 232),
             3 => (32, 160),
             _ => (24, 112),
         }
