@@ -108,11 +108,36 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let done = Finished { tile: self.work.unset(), reference: pair(), row_sum: pair() };
         self.next_tile(&tile, [q_state, k_state], left);
         k.if_(tile.exists.ne(0), || {
-            // The first block has none before it: its products are with P = 0, for one loop's code compiles faster than two.
-            let [switch, first] = [k.var(true), k.var(true)];
-            self.p.iter().flatten().for_each(|p| p.set(k.pack::<H>(0.0, 0.0)));
+            self.pass_over_values(v_state);
             self.clear();
+            shared.k_pipeline.consumer_wait(k, k_state);
+            self.next_block(&tile, k_state);
+            k.wgmma_fence();
+            self.scores(q_state, k_state);
+            k.wgmma_commit();
+            k.wgmma_wait(0);
+            shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
+            k_state.advance();
+            self.modify_and_mask(&tile);
+            self.exponentiate();
+            self.probabilities(&tile);
+            let switch = k.reg::<bool>();
             k.loop_(|| {
+                left.set(left - 1);
+                switch.set(left.eq(0));
+                k.if_(switch, || {
+                    self.work.set(&done.tile, &tile);
+                    for half in 0..2 {
+                        done.reference[half].set(self.softmax.reference[half]);
+                        done.row_sum[half].set(self.softmax.row_sum[half]);
+                    }
+                    if !config.q_in_registers {
+                        shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
+                    }
+                    q_state.advance();
+                    self.next_tile(&tile, [q_state, k_state], left);
+                });
+                k.break_if(tile.exists.eq(0));
                 shared.k_pipeline.consumer_wait(k, k_state);
                 self.next_block(&tile, k_state);
                 self.wait_turn();
@@ -131,36 +156,18 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.modify_and_mask(&tile);
                 self.exponentiate();
                 k.wgmma_wait(0);
-                k.if_(!first, || {
-                    shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                    v_state.advance();
-                });
+                shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                v_state.advance();
                 self.probabilities(&tile);
                 k.if_else(
                     switch,
                     || {
                         self.pass_over_values(v_state);
-                        k.if_(!first, || self.write(&done));
+                        self.write(&done);
                         self.clear();
                     },
                     || self.rescale(),
                 );
-                first.set(false);
-                left.set(left - 1);
-                switch.set(left.eq(0));
-                k.if_(switch, || {
-                    self.work.set(&done.tile, &tile);
-                    for half in 0..2 {
-                        done.reference[half].set(self.softmax.reference[half]);
-                        done.row_sum[half].set(self.softmax.row_sum[half]);
-                    }
-                    if !config.q_in_registers {
-                        shared.q_pipeline.consumer_release(k, q_state.index, self.lane);
-                    }
-                    q_state.advance();
-                    self.next_tile(&tile, [q_state, k_state], left);
-                });
-                k.break_if(tile.exists.eq(0));
             });
             shared.v_pipeline.consumer_wait(k, v_state);
             k.wgmma_fence();
