@@ -52,8 +52,8 @@ pub const FORWARD_SM90_SCORES: [Tiles; 4] = [
 
 /// The same for kernels with a mask's program or dropout: blocks are narrower, without spills by ptxas 13.0.
 pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
-    tiles(64, [0, 0], [2, 80, 3], false),
-    tiles(128, [0, 0], [2, 80, 2], false),
+    tiles(64, [0, 0], [2, 64, 3], false),
+    tiles(128, [0, 0], [2, 48, 2], false),
     tiles(256, [0, 0], [2, 48, 2], false),
 ];
 

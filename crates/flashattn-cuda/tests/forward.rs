@@ -146,6 +146,10 @@ fn runs_are_captured_into_graphs() {
             sys::cuStreamBeginCapture_v2(handle, mode).result().expect("begins");
             forward.run(&capturing, &args).expect("is captured");
             sys::cuStreamEndCapture(handle, &mut graph).result().expect("ends");
+            // Graphs are made in the current context; ours are current during calls only.
+            let mut context = std::ptr::null_mut();
+            sys::cuDevicePrimaryCtxRetain(&mut context, 0).result().expect("the device's context");
+            sys::cuCtxSetCurrent(context).result().expect("is made current");
             sys::cuGraphInstantiateWithFlags(&mut executable, graph, 0).result().expect("instantiates");
         }
         // The graph reads what is in the tensors when it runs.

@@ -398,7 +398,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn exponentiate(&self) {
         let (k, scale) = (self.k, self.scale);
         let OnlineSoftmax { reference, row_sum, look, moved, .. } = &self.softmax;
-        let keeps = H::ELEMENT == Element::BF16;
+        // A score mod can make scores grow along the keys by any amount: ALiBi does, towards the diagonal.
+        let keeps = H::ELEMENT == Element::BF16 && self.config.score_mod.is_none();
         if keeps {
             moved.set(*look);
             k.if_(*look, || {
