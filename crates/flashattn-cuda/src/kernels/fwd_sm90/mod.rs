@@ -4,23 +4,31 @@
 //! ```text
 //! as many blocks as multiprocessors; each takes work tiles (m_block, head, batch) from a counter:
 //!   producers (two threads):  Q, then for each visible n_block, from the right: K; and V; each into stages of its own
-//!   consumer (a warpgroup for 64 rows):
+//!   a warp beside them:       zeros for the rows of tiles that see no key
+//!   consumer (a warpgroup for 64 rows), over the blocks of all its tiles as one stream:
 //!     S = Q·Kᵀ of the first block; score mod, mask; online softmax; P
-//!     for each further block:
+//!     for each further block, of this tile or the next:
 //!         issue S' = Q·K'ᵀ, issue O += P·V                          (tensor cores)
-//!         score mod, mask, online softmax of S' while O += P·V runs   (exponent unit); P'; rescale O
+//!         score mod, mask, online softmax of S' while O += P·V runs   (exponent unit); P'
+//!         where S' begins a tile: O / l and lse of the tile before; otherwise O to the new reference, if there is one
 //!     O += P·V of the last block; O / l, lse
+//!     rows that are not finite, of all its tiles, once more: `repair.rs`
 //! ```
 //!
-//! Departures, and why. A feasibility study found each to pay; what taking one out of this kernel costs, where that was
-//! measured, is in `benches/record/h100-sxm/README.md`:
+//! Departures, and why; what each brought on an H100 is in `benches/record/h100-sxm/README.md`:
 //! 1. *Ping-pong*: named barriers let one warpgroup issue its products while the other is in its softmax.
-//! 2. *Lazy rescaling*: O and l are rescaled only when a row maximum has grown by more than 2⁸ since the reference was
-//!    taken, decided by a vote of the warp. Any reference gives the exact result, as the division by l takes it out again;
-//!    2⁸ leaves f16's P in range.
-//! 3. *Q in registers* where they suffice: half of QKᵀ's reads of shared memory are gone.
-//! 4. *Tiles from a counter*, longest first: causal tiles differ in length, so no fixed assignment is even.
-//! 5. Scores are kept in base 2: `scale·log2(e)` goes into the one multiply-add before `ex2`.
+//! 2. *A kept reference*: any reference of the exponents gives the exact result, as the division by l takes it out again. bf16
+//!    and f32 reach to 2¹²⁷, so the first block's is kept (the largest of a sample of its scores will do) until a sum passes
+//!    2²⁴; then the next block's maxima are looked at. What a single block overshoots overflows, shows, and is repaired. So most
+//!    blocks look for no maximum, and their exponentials begin at once. With f16, whose P reaches to 2¹⁶, and under score mods,
+//!    which may grow without bound, each block's maxima are looked at, and O is rescaled when one has grown by more than 2⁸.
+//! 3. *One stream of blocks*: the tensor cores do not wait where tiles meet. ptxas keeps the loop's state in uniform registers
+//!    only while no vote, loop or repair stands in it, so all that is rare comes after it.
+//! 4. *Q in registers* where they suffice: half of QKᵀ's reads of shared memory are gone. Elsewhere Q has two stages, if they fit.
+//! 5. *Tiles from a counter*, longest first: causal tiles differ in length, so no fixed assignment is even.
+//! 6. *O by whole sectors*: neighbouring threads exchange columns, so that each store fills 32 bytes of a row.
+//! 7. A warpgroup leaves out the blocks that a causal mask hides from all its rows, where blocks are narrow enough.
+//! 8. Scores are kept in base 2: `scale·log2(e)` goes into the one multiply-add before `ex2`.
 
 mod consumer;
 mod repair;
@@ -80,7 +88,7 @@ pub struct FwdConfig {
     /// Whether scores are multiplied by the scale before anything else: needed by a score mod and by a scale that is not
     /// positive (a maximum of scaled scores is the scaled maximum for a positive one only).
     pub prescaled: bool,
-    /// Whether all lengths are below 2²², with a score mod: see [`ProgramEmitter::with_small_indices`](super::program).
+    /// Whether all lengths are below 2²², with a score mod: its indices then are floats early (`ProgramEmitter::with_small_indices`).
     pub small_indices: bool,
     /// Whether probabilities are dropped out.
     pub dropout: bool,

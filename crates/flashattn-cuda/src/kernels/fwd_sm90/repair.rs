@@ -1,18 +1,20 @@
 //! Rows of O that are not finite, once more and exactly.
 //!
-//! In a block that a row sees in part its hidden keys have P = 0; but their values take part in O += P·V, and 0 · ∞ and
-//! 0 · NaN are NaN. So do values of the next sequence, past the end of a packed one. To look at each block's values before
-//! the product would cost each block; what went wrong shows in the result, and costs a multiply-add for each register of O:
+//! Two things break rows that should be finite. In a block that a row sees in part its hidden keys have P = 0; but their values
+//! take part in O += P·V, and 0 · ∞ and 0 · NaN are NaN (so do values of the next sequence, past the end of a packed one). And
+//! a row whose scores jump far above the reference that is kept (`Consumer::exponentiate`) overflows. To look at each block
+//! would cost each block; what went wrong shows in the result, and costs a multiply-add for each register of O:
 //!
 //! ```text
-//! if no element of the warp's rows is NaN or ∞: done                          (always, but for broken inputs)
-//! for each of the warp's 16 rows that has one:
-//!     for each key that the row sees, and no other:  s = q·k; score mod; p = exp2(s − reference); o += p·v
+//! if no element or sum that the thread has written is NaN or ∞: done        (always, but for such inputs)
+//! for each tile that the block has had (a chain through global memory), each of the warp's 16 rows that has one:
+//!     reference and sum by the definition, over the keys that the row sees, and no others;  lse
+//!     for each key that the row sees:  s = q·k; score mod; p = exp2(s − reference); o += p·v
 //!         until each broken column is broken again: then what was seen broke it
 //!     write the broken columns
 //! ```
 //!
-//! The row maximum and sum are right in any case: scores of hidden keys are replaced, not multiplied.
+//! It is slow: a warp goes through the keys one by one.
 
 use std::f32::consts::{LN_2, LOG2_E};
 
