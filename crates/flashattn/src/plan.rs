@@ -131,6 +131,7 @@ impl<T: Element> Plan<T> {
     ///
     /// # Errors
     /// [`Error::Unsupported`] if the device cannot do it: a GPU adds up gradients of tables in any order.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs have the choice"))]
     pub fn deterministic(mut self, deterministic: bool) -> Result<Self, Error> {
         match &mut self.executor {
             // Always.
