@@ -14,9 +14,9 @@ use crate::kernels::program::Place;
 
 /// Statistics of the thread's two rows, in base 2: the reference that exponents are taken against (once any key was
 /// seen), and this thread's share of the row sum.
-pub(super) struct OnlineSoftmax<'k> {
-    pub reference: [Reg<'k, f32>; 2],
-    pub row_sum: [Reg<'k, f32>; 2],
+struct OnlineSoftmax<'k> {
+    reference: [Reg<'k, f32>; 2],
+    row_sum: [Reg<'k, f32>; 2],
     /// Whether the next block's row maxima are looked at.
     look: Reg<'k, bool>,
     /// Whether a row of the warp has a new reference, and the root of what O is to be multiplied by then.
@@ -25,10 +25,10 @@ pub(super) struct OnlineSoftmax<'k> {
 }
 
 /// A tile whose scores are all in P, and the statistics of its rows: the next tile takes their registers before O is written.
-pub(super) struct Finished<'k> {
-    pub tile: WorkTile<'k>,
-    pub reference: [Reg<'k, f32>; 2],
-    pub row_sum: [Reg<'k, f32>; 2],
+struct Finished<'k> {
+    tile: WorkTile<'k>,
+    reference: [Reg<'k, f32>; 2],
+    row_sum: [Reg<'k, f32>; 2],
 }
 
 /// A consumer warpgroup: its place and its operands.
@@ -37,7 +37,7 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub(super) config: &'a FwdConfig,
     pub(super) params: &'a Params<'k>,
     pub(super) work: &'a Work<'a, 'k>,
-    pub(super) shared: &'a Shared<'k>,
+    shared: &'a Shared<'k>,
     /// What scores are multiplied by before `ex2`.
     pub(super) scale: Reg<'k, f32>,
     pub(super) lane: Reg<'k, u32>,
@@ -53,10 +53,10 @@ pub(super) struct Consumer<'a, 'k, H> {
     hidden: Option<Reg<'k, u32>>,
     /// Q, by k step; empty if Q stays in shared memory.
     q: Vec<[Reg<'k, H>; 4]>,
-    pub(super) o: Fragment<'k>,
+    o: Fragment<'k>,
     s: Fragment<'k>,
     p: Vec<[Reg<'k, H>; 4]>,
-    pub(super) softmax: OnlineSoftmax<'k>,
+    softmax: OnlineSoftmax<'k>,
     /// Zero as long as all that was written is finite, NaN from then on.
     broken: Reg<'k, f32>,
 }
@@ -175,7 +175,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_commit();
             k.wgmma_wait(0);
             self.write(&done);
-            k.if_(self.broken.ne(0.0).any(), || self.repair(done.tile.number));
+            k.if_(self.broken.ne(0.0).any(), || self.repair(done.tile.exists));
         });
     }
 
@@ -499,13 +499,13 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             let sum = (pair + pair.shfl_bfly(2)) * 256.0 * (1.0 / 256.0);
             let end = RowEnd::new(params, done.reference[half], sum, sink);
             self.broken.set(sum.fma(0.0, self.broken));
-            let registers: Vec<_> = self.o.registers.iter().enumerate().collect();
-            let registers =
-                registers.into_iter().filter(|&(i, _)| Fragment::half(i) == half).map(|(_, &o)| {
+            let of_half = self.o.registers.iter().enumerate().filter(|&(i, _)| Fragment::half(i) == half);
+            let registers: Vec<_> = of_half
+                .map(|(_, &o)| {
                     self.broken.set(o.fma(0.0, self.broken));
                     o * end.inverse
-                });
-            let registers: Vec<_> = registers.collect();
+                })
+                .collect();
             let exists = row.lt(tile.seqlen_q);
             // The four threads of a row hold the same; the one with column 0 writes.
             k.when(self.column.eq(0) & exists, || (lse + row.to_u64() * 4).address().store(end.lse));

@@ -90,18 +90,18 @@ struct Row<'k> {
 }
 
 impl<'k, H: Half> Consumer<'_, 'k, H> {
-    /// Computes broken rows of the warp again, in all tiles that its block has had.
+    /// Computes broken rows of the warp again, in all tiles that its block has had, by `exists` of the last.
     pub fn repair(&self, last: Reg<'k, u32>) {
         let k = self.k;
         // What other lanes have written is read.
         k.sync_warp();
-        let next = k.var(last + 1);
+        let next = k.var(last);
         k.loop_(|| {
             k.break_if(next.eq(0));
             let tile = self.work.tile(next - 1);
             let first = tile.m_block * self.config.tile_m() + (k.warp() - 4) * 16;
             k.for_(first, tile.seqlen_q.min(first + 16), 1u32, |row| self.repair_row(&tile, row));
-            next.set(self.work.before(tile.number).load::<u32>());
+            next.set(self.work.before(next).load::<u32>());
         });
     }
 

@@ -11,8 +11,7 @@ use super::{FwdConfig, MaskKind, Params, Shared};
 
 /// A tile of work, the same in all threads of a block.
 pub(super) struct WorkTile<'k> {
-    pub number: Reg<'k, u32>,
-    /// Whether there is one: past the last tile a number stands for none.
+    /// Its number plus 1, or 0 if there is none: past the last tile a number stands for none.
     pub exists: Reg<'k, u32>,
     /// How many blocks of keys it sees.
     pub blocks: Reg<'k, u32>,
@@ -71,8 +70,6 @@ impl<'a, 'k> Work<'a, 'k> {
     /// its heads first, as those are the longest under a causal mask.
     pub fn tile(&self, number: Reg<'k, u32>) -> WorkTile<'k> {
         let (k, params) = (self.k, self.params);
-        // A copy: the caller may go on with the register.
-        let number = k.var(number);
         let exists = number.lt(self.tiles);
         let width = params.head_group * self.m_blocks;
         let (group, inside) = (number / width, number % width);
@@ -99,78 +96,47 @@ impl<'a, 'k> Work<'a, 'k> {
                 (Blocks::Runs([first, first + count]), blocks)
             }
         };
-        let exists = exists.select(1u32, 0u32);
-        WorkTile {
-            number,
-            exists,
-            blocks,
-            m_block,
-            head,
-            batch,
-            seqlen_q,
-            seqlen_k,
-            q_row,
-            kv_row,
-            blocks_at,
-        }
+        let exists = exists.select(number + 1, 0u32);
+        WorkTile { exists, blocks, m_block, head, batch, seqlen_q, seqlen_k, q_row, kv_row, blocks_at }
     }
 
-    /// Registers for a tile, to be set.
-    pub fn unset(&self) -> WorkTile<'k> {
-        let r = || self.k.reg();
+    /// A tile in the words in which it is told.
+    fn words(&self, tile: &WorkTile<'k>) -> Vec<Reg<'k, u32>> {
+        let [a, b, c] = match tile.blocks_at {
+            Blocks::Band(band) => [band.n_block_max, band.whole_min, band.whole_max],
+            Blocks::Runs([first, end]) => [first, end, end],
+        };
+        let mut words = vec![tile.exists, tile.blocks, tile.m_block, tile.head, tile.batch, a, b, c];
+        if self.config.varlen {
+            words.extend([tile.seqlen_q, tile.seqlen_k, tile.q_row, tile.kv_row]);
+        }
+        words
+    }
+
+    /// A tile from `words` taken one after the other.
+    fn tile_of(&self, mut word: impl FnMut() -> Reg<'k, u32>) -> WorkTile<'k> {
+        let [exists, blocks, m_block, head, batch, a, b, c] = std::array::from_fn(|_| word());
         let blocks_at = match self.config.mask {
-            MaskKind::Band { .. } => Blocks::Band(Band { n_block_max: r(), whole_min: r(), whole_max: r() }),
-            MaskKind::Blocks => Blocks::Runs([r(), r()]),
+            MaskKind::Band { .. } => Blocks::Band(Band { n_block_max: a, whole_min: b, whole_max: c }),
+            MaskKind::Blocks => Blocks::Runs([a, b]),
         };
         let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
-            [r(), r(), r(), r()]
+            std::array::from_fn(|_| word())
         } else {
             let zero = self.k.var(0u32);
             [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
         };
-        let [number, exists, blocks, m_block, head, batch] = [r(), r(), r(), r(), r(), r()];
-        WorkTile {
-            number,
-            exists,
-            blocks,
-            m_block,
-            head,
-            batch,
-            seqlen_q,
-            seqlen_k,
-            q_row,
-            kv_row,
-            blocks_at,
-        }
+        WorkTile { exists, blocks, m_block, head, batch, seqlen_q, seqlen_k, q_row, kv_row, blocks_at }
+    }
+
+    /// Registers for a tile, to be set.
+    pub fn unset(&self) -> WorkTile<'k> {
+        self.tile_of(|| self.k.reg())
     }
 
     /// Gives a tile another's values.
     pub fn set(&self, to: &WorkTile<'k>, from: &WorkTile<'k>) {
-        let numbers = |tile: &WorkTile<'k>| {
-            let WorkTile {
-                number,
-                exists,
-                blocks,
-                m_block,
-                head,
-                batch,
-                seqlen_q,
-                seqlen_k,
-                q_row,
-                kv_row,
-                ..
-            } = *tile;
-            let mut numbers = vec![number, exists, blocks, m_block, head, batch];
-            match tile.blocks_at {
-                Blocks::Band(band) => numbers.extend([band.n_block_max, band.whole_min, band.whole_max]),
-                Blocks::Runs(runs) => numbers.extend(runs),
-            }
-            if self.config.varlen {
-                numbers.extend([seqlen_q, seqlen_k, q_row, kv_row]);
-            }
-            numbers
-        };
-        for (register, value) in numbers(to).into_iter().zip(numbers(from)) {
+        for (register, value) in self.words(to).into_iter().zip(self.words(from)) {
             register.set(value);
         }
     }
@@ -178,51 +144,22 @@ impl<'a, 'k> Work<'a, 'k> {
     /// Tells the other warps: the divisions above take hundreds of cycles, which the producer has.
     fn tell(&self, shared: &Shared<'k>, stage: PipelineState<'k>, tile: &WorkTile<'k>) {
         let to = self.told_at(shared, stage);
-        let [a, b, c] = match tile.blocks_at {
-            Blocks::Band(band) => [band.n_block_max, band.whole_min, band.whole_max],
-            Blocks::Runs([first, end]) => [first, end, end],
-        };
-        to.store_vec([tile.exists.ne(0).select(tile.number + 1, 0u32), tile.blocks, tile.m_block, tile.head]);
-        to.at(16).store_vec([tile.batch, a, b, c]);
-        if self.config.varlen {
-            to.at(32).store_vec([tile.seqlen_q, tile.seqlen_k, tile.q_row, tile.kv_row]);
+        for (i, words) in self.words(tile).as_chunks::<4>().0.iter().enumerate() {
+            to.at(16 * i as i32).store_vec(*words);
         }
-    }
-
-    fn told_at(&self, shared: &Shared<'k>, stage: PipelineState<'k>) -> Address<'k, u32> {
-        if self.config.q_stages() > 1 { shared.tile + stage.index * TOLD_BYTES } else { shared.tile }
     }
 
     /// What the producer told.
     pub fn told(&self, shared: &Shared<'k>, stage: PipelineState<'k>) -> WorkTile<'k> {
         let from = self.told_at(shared, stage);
-        // The number, plus 1; 0 if there is no more tile.
-        let [exists, blocks, m_block, head] = from.load_vec::<u32, 4>();
-        let number = exists - 1;
-        let [batch, a, b, c] = from.at(16).load_vec::<u32, 4>();
-        let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
-            from.at(32).load_vec::<u32, 4>()
-        } else {
-            let zero = self.k.var(0u32);
-            [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
-        };
-        let blocks_at = match self.config.mask {
-            MaskKind::Band { .. } => Blocks::Band(Band { n_block_max: a, whole_min: b, whole_max: c }),
-            MaskKind::Blocks => Blocks::Runs([a, b]),
-        };
-        WorkTile {
-            number,
-            exists,
-            blocks,
-            m_block,
-            head,
-            batch,
-            seqlen_q,
-            seqlen_k,
-            q_row,
-            kv_row,
-            blocks_at,
-        }
+        let quads = if self.config.varlen { 3 } else { 2 };
+        let words: Vec<_> = (0..quads).flat_map(|i| from.at(16 * i).load_vec::<u32, 4>()).collect();
+        let mut words = words.into_iter();
+        self.tile_of(|| words.next().unwrap_or_else(|| self.k.var(0u32)))
+    }
+
+    fn told_at(&self, shared: &Shared<'k>, stage: PipelineState<'k>) -> Address<'k, u32> {
+        if self.config.q_stages() > 1 { shared.tile + stage.index * TOLD_BYTES } else { shared.tile }
     }
 
     /// Rows `first .. end` of the tile see keys from `diagonal(row) − left` to `diagonal(row) + right`.
@@ -266,9 +203,9 @@ impl<'a, 'k> Work<'a, 'k> {
         (band.n_block_max - n_block_max.min(band.n_block_max)).min(tile.blocks - 1)
     }
 
-    /// Where the number of the tile that the block had before this one is kept: plus 1, or 0.
-    pub fn before(&self, number: Reg<'k, u32>) -> Address<'k, u64> {
-        number.mad_wide(4, self.params.counter).address().at(4)
+    /// Where [`WorkTile::exists`] of the tile that the block had before this one is kept (0: there was none).
+    pub fn before(&self, exists: Reg<'k, u32>) -> Address<'k, u64> {
+        exists.mad_wide(4, self.params.counter).address()
     }
 
     /// The first producer, one thread: takes tiles, tells the others, and loads Q and K. K and V have a producer each, so
@@ -291,8 +228,8 @@ impl<'a, 'k> Work<'a, 'k> {
             // Tiles without blocks are not for the consumers: `write_nothing`.
             k.if_(done | tile.blocks.ne(0), || {
                 shared.q_pipeline.producer_wait(k, q_state);
-                k.when(!done, || self.before(tile.number).store(last));
-                last.set(tile.number + 1);
+                k.when(!done, || self.before(tile.exists).store(last));
+                last.set(tile.exists);
                 self.tell(shared, q_state, &tile);
                 let full = shared.q_pipeline.full(q_state);
                 full.arrive_expect_tx(k, done.select(0u32, config.q().bytes()));
