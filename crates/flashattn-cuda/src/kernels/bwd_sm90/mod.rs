@@ -468,7 +468,7 @@ pub fn flash_bwd_sm90(config: &BwdConfig) -> Kernel {
     }
 }
 
-/// The kernel before it: stats, zeros. Grid: a block for each (m_block, head, sequence), in this order.
+/// The kernel before it: stats, zeros. Grid: a block for each (m_block, head, sequence).
 pub fn flash_bwd_sm90_preprocess(config: &BwdConfig) -> Kernel {
     match config.element {
         Element::F16 => preprocess::emit::<F16x2>(config),
@@ -476,7 +476,7 @@ pub fn flash_bwd_sm90_preprocess(config: &BwdConfig) -> Kernel {
     }
 }
 
-/// The kernel after it: dQ. Grid: a block for each (m_block, head, sequence), in this order.
+/// The kernel after it: dQ. Grid: a block for each (m_block, head, sequence).
 pub fn flash_bwd_sm90_postprocess(config: &BwdConfig) -> Kernel {
     match config.element {
         Element::F16 => postprocess::emit::<F16x2>(config),

@@ -98,10 +98,12 @@ impl<'a, 'k> Work<'a, 'k> {
         }
     }
 
-    /// The block of queries that belongs to a block of the grid.
+    /// The block of queries that belongs to a block of the grid: the last first, against the main kernel's order. So it begins
+    /// with the dQ' and dO that came into L2 last, and those that it leaves there are the first to be taken.
     pub fn query_block(&self) -> QueryBlock<'k> {
         let m_blocks = (self.params.seqlen_q + (self.config.tile_m - 1)) / self.config.tile_m;
-        let (m_block, pair) = (self.k.ctaid(0) % m_blocks, self.k.ctaid(0) / m_blocks);
+        let number = self.k.nctaid(0) - 1 - self.k.ctaid(0);
+        let (m_block, pair) = (number % m_blocks, number / m_blocks);
         QueryBlock { m_block, head: pair % self.params.heads_q, batch: pair / self.params.heads_q }
     }
 
