@@ -1,10 +1,10 @@
 //! Tensors that the kernels cannot take where they lie: copied to a workspace before them, and results back after them.
 //!
 //! TMA reads q, k, v (and the gradient of o) by strides and addresses that are multiples of 16 bytes; the forward kernel stores
-//! o in fours of elements, the backward kernels gradients in pairs. What does not fit is *staged*:
-//! [`copy_rows`](crate::kernels::copy_rows) writes its rows, padded to 16 bytes, into the workspace. That costs the tensor's
-//! bytes twice more (a read and a write), a launch, and the workspace; never silently: [`StagedPlan::staged`] and
-//! [`StagedBackward::staged`] name the tensors. Everything else is read and written in place.
+//! o in fours of elements; the backward kernels read o and store gradients by 16 bytes, where rows do not divide into those by
+//! elements and by pairs. What does not fit is *staged*: [`copy_rows`](crate::kernels::copy_rows) writes its rows, padded to 16
+//! bytes, into the workspace. That costs the tensor's bytes twice more (a read and a write), a launch, and the workspace; never
+//! silently: [`StagedPlan::staged`] and [`StagedBackward::staged`] name the tensors. Everything else is read and written in place.
 
 mod backward;
 

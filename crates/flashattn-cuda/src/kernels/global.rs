@@ -1,8 +1,8 @@
 //! Tensors of the caller's in global memory, a row of a warp at a time: for what is not worth the tensor cores.
 
-use ptx::Builder;
 use ptx::build::{Address, Half, Reg};
 use ptx::instr::Element;
+use ptx::{BF16x2, Builder, F16x2};
 
 /// A tensor of 16-bit floats in global memory.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +29,17 @@ impl<'k> GlobalTensor<'k> {
         let element = wide(batch) * by_batch + wide(row) * by_row + wide(head) * by_head + wide(column);
         (element * 2 + self.data).address()
     }
+
+    /// The same column so many rows further.
+    pub fn down(&self, at: Address<'k, u64>, rows: Reg<'k, u32>) -> Address<'k, u64> {
+        at + rows.to_u64() * (self.strides[1] * 2)
+    }
+}
+
+/// Bytes that a thread takes at a time of rows of so many elements, and that their address and strides therefore are multiples
+/// of: 16 if rows divide into such pieces, else `least`.
+pub const fn piece(dim: u32, least: u32) -> u32 {
+    if dim.is_multiple_of(8) { 16 } else { least }
 }
 
 /// Elements 32·i of a row of `dim` from the lane's own, at `at`, on; 0 past the end.
@@ -51,6 +62,14 @@ pub fn float<'k, H: Half>(bits: Reg<'k, u16>) -> Reg<'k, f32> {
     match H::ELEMENT {
         Element::F16 => bits.f16_to_f32(),
         _ => (bits.to_u32() << 16).bits(),
+    }
+}
+
+/// The values of two neighbouring 16-bit floats, low first.
+pub fn floats<'k, H: Half>(pair: Reg<'k, u32>) -> [Reg<'k, f32>; 2] {
+    match H::ELEMENT {
+        Element::F16 => pair.bits::<F16x2>().unpack(),
+        _ => pair.bits::<BF16x2>().unpack(),
     }
 }
 

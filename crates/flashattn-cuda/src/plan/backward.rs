@@ -164,13 +164,15 @@ impl BackwardPlan {
     /// # Errors
     /// [`Feature::Address`].
     pub fn check_address(&self, tensor: GradTensor, address: u64) -> Result<(), PlanError> {
-        use GradTensor::{DO, DqSums, K, O, Q, Semaphores, Stats, V};
+        use GradTensor::{DK, DO, DQ, DV, DqSums, K, O, Q, Semaphores, Stats, V};
         let align = match tensor {
             Q | K | V | DO | DqSums | Stats | Semaphores => 16,
-            // Read element by element.
-            O => 2,
+            O => BwdConfig::o_bytes(self.config.head_dim_v),
+            DQ | DK => BwdConfig::gradient_bytes(self.config.head_dim),
+            DV => BwdConfig::gradient_bytes(self.config.head_dim_v),
             _ => 4,
         };
+        let align = u64::from(align);
         if address.is_multiple_of(align) {
             return Ok(());
         }
@@ -212,17 +214,19 @@ impl BackwardPlan {
                 self.arguments.push(Argument::TensorMap(map.clone(), loaded[stand_in].0));
             }
         }
-        let written = [
+        let plain = [
+            (O, problem.o_shape(), given.o),
             (DQ, problem.q_shape(), strides.dq),
             (DK, problem.k_shape(), strides.dk),
             (DV, problem.v_shape(), strides.dv),
         ];
-        for (tensor, [b, n, h, _], [sb, sn, sh, _]) in written {
+        for (tensor, [b, n, h, d], [sb, sn, sh, _]) in plain {
+            let bytes = if tensor == O { BwdConfig::o_bytes } else { BwdConfig::gradient_bytes };
+            let elements = bytes(d as u32) as usize / 2;
             for (dim, size, stride) in [("batch", b, sb), ("seqlen", n, sn), ("heads", h, sh)] {
-                // Columns are stored in pairs.
-                if size > 1 && !stride.is_multiple_of(2) {
+                if size > 1 && !stride.is_multiple_of(elements) {
                     let got = format!("{tensor:?} with a {dim} stride of {stride} elements");
-                    return unsupported(Feature::Stride, got, "an even number");
+                    return unsupported(Feature::Stride, got, format!("a multiple of {elements}"));
                 }
             }
         }
@@ -535,9 +539,9 @@ mod tests {
         let strides = GradStrides { d_o: [0, 132, 64, 1], ..dense(&p) };
         let got = "stride: DO with a seqlen stride of 264 bytes";
         assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} a multiple of 16 below 2^40"));
-        let strides = GradStrides { dk: [0, 129, 64, 1], ..dense(&p) };
-        let got = "stride: DK with a seqlen stride of 129 elements";
-        assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} an even number"));
+        let strides = GradStrides { dk: [0, 132, 64, 1], ..dense(&p) };
+        let got = "stride: DK with a seqlen stride of 132 elements";
+        assert_eq!(refusal(&p, &strides, false), format!("{got} {expected} a multiple of 8"));
         let error = plan(&p, false).check_address(GradTensor::DO, 0x1008).unwrap_err();
         let got = "address: DO at address 0x1008";
         assert_eq!(error.to_string(), format!("{got} {expected} a multiple of 16 bytes"));

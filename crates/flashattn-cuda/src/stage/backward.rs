@@ -6,7 +6,7 @@ use flashattn_spec::tensor::contiguous_strides;
 use flashattn_spec::{AttentionProblem, DType};
 
 use super::{ALIGN, Copy, Location, align, loads, multiples, stage};
-use crate::kernels::CopyConfig;
+use crate::kernels::{BwdConfig, CopyConfig};
 use crate::plan::{BackwardPlan, GradStrides, GradTensor, PlanError, Strides};
 
 /// How a call's tensors lie in memory, and which of the options it has that plans depend on.
@@ -91,10 +91,11 @@ impl StagedBackward {
             }
             let back = matches!(tensor, DQ | DK | DV);
             let add = back && layout.accumulate;
+            let takes = |bytes: u32| multiples(*shape, *strides, align, bytes.into());
+            let dim = shape[3] as u32;
             let fits = match tensor {
-                // Read element by element.
-                O => true,
-                _ if back => !add && multiples(*shape, *strides, align, 4),
+                O => takes(BwdConfig::o_bytes(dim)),
+                _ if back => !add && takes(BwdConfig::gradient_bytes(dim)),
                 _ => loads(*shape, *strides, align),
             };
             if fits {
@@ -152,7 +153,7 @@ mod tests {
 
     #[test]
     fn only_what_does_not_fit_is_staged() {
-        use GradTensor::{DK, DO, DQ, DSinks, DV, K, Q, V};
+        use GradTensor::{DK, DO, DQ, DSinks, DV, K, O, Q, V};
         let mut p = AttentionProblem::new(3, 17, 4, 64, DType::Bf16);
         (p.heads_kv, p.seqlen_k, p.head_dim_v, p.sinks) = (2, 29, 40, true);
         let dense = GradLayout::dense(&p);
@@ -160,11 +161,15 @@ mod tests {
         let names = |layout: &GradLayout| plan(layout).staged().collect::<Vec<_>>();
         assert_eq!(names(&dense), []);
         let workspace = plan(&dense).workspace;
-        // o is read where it lies; gradients need pairs.
-        assert_eq!(names(&GradLayout { align: [2, 16, 8, 2, 8, 4, 4, 16], ..dense }), [Q, V, DO]);
+        // Rows of 64 and of 40 elements are read and written by 16 bytes.
+        assert_eq!(names(&GradLayout { align: [2, 16, 8, 2, 8, 4, 8, 16], ..dense }), [Q, V, O, DO, DQ, DK]);
         let mut odd = dense;
-        (odd.strides.forward.k[1], odd.strides.dk[1]) = (128 + 4, 129);
+        (odd.strides.forward.k[1], odd.strides.dk[1]) = (128 + 4, 132);
         assert_eq!(names(&GradLayout { align: [16, 16, 16, 16, 16, 2, 16, 16], ..odd }), [K, DQ, DK]);
+        // Others o by single elements and gradients by pairs.
+        let other = AttentionProblem { head_dim: 62, head_dim_v: 33, ..p.clone() };
+        let plan_of = StagedBackward::new(&other, &GradLayout::dense(&other), false).unwrap();
+        assert_eq!(plan_of.staged().collect::<Vec<_>>(), [Q, K, V, DO, DV]);
         let adding = plan(&GradLayout { accumulate: true, ..dense });
         assert_eq!(adding.staged().collect::<Vec<_>>(), [DQ, DK, DV, DSinks]);
         assert!(adding.before.is_empty() && adding.backward.zeroed.is_empty());

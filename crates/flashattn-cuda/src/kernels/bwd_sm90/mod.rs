@@ -44,7 +44,7 @@ use ptx::instr::{Accumulator, Element, WgmmaShape};
 use ptx::{BF16x2, F16x2, Kernel, Pipeline, Target, TensorMap, TileLayout, build};
 
 use super::fwd_sm90::{MaskKind, Stride, TableShape};
-use super::global::GlobalTensor;
+use super::global::{GlobalTensor, piece};
 use super::program::TableArgs;
 use consumer::Consumer;
 use work::{Loads, Work};
@@ -225,6 +225,16 @@ impl BwdConfig {
 
     /// Semaphores of a (sequence, head, m_block): for each warp's part of dQ', how many have been added to it.
     pub(crate) const SEMAPHORES: u32 = 4 * CONSUMERS;
+
+    /// Bytes that the address and strides of o, with rows of so many elements, are multiples of.
+    pub(crate) const fn o_bytes(dim: u32) -> u32 {
+        piece(dim, 2)
+    }
+
+    /// The same of a gradient.
+    pub(crate) const fn gradient_bytes(dim: u32) -> u32 {
+        piece(dim, 4)
+    }
 
     /// Tensor maps of q, k, v and do: `shapes` are (head_dim, seqlen, heads, batch).
     pub fn tensor_maps(&self, shapes: [[u64; 4]; 4], strides: [Stride; 4]) -> [TensorMap; 4] {

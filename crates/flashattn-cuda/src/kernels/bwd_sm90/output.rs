@@ -2,6 +2,7 @@
 
 use ptx::Fragment;
 use ptx::build::{Address, Builder, Half, Reg};
+use ptx::types::B32;
 
 use super::consumer::Consumer;
 use super::exact::Exact;
@@ -26,23 +27,63 @@ pub(super) struct Rows<'k> {
 }
 
 impl<'k> Rows<'k> {
-    /// Writes the fragment, multiplied by `factor`.
+    /// Writes the fragment, multiplied by `factor`. By whole warps.
     pub fn write<H: Half>(&self, k: &'k Builder, fragment: &Fragment<'k>, factor: Option<Reg<'k, f32>>) {
         let (thread, first) = (Fragment::column(k), self.origin + Fragment::row(k));
+        let wide = BwdConfig::gradient_bytes(self.dim) == 16;
         for half in 0..2usize {
             let row = first + 8 * half as u32;
-            k.if_(row.lt(self.rows), || {
-                let at = self.tensor.at([self.batch, self.start + row, self.head, self.column + thread]);
-                let registers = (0..fragment.registers.len()).step_by(2);
-                for i in registers.filter(|&i| Fragment::half(i) == half) {
-                    let pair = [0, 1].map(|next| {
-                        let value = fragment.registers[i + next];
-                        factor.map_or(value, |factor| value * factor)
-                    });
-                    self.pair::<H>(k, at, thread, Fragment::column_offset(i), pair);
-                }
+            let exists = row.lt(self.rows);
+            // Of wide stores the thread's columns are eight, else two of eight.
+            let own = if wide { thread * 4 } else { thread };
+            let column = self.column + own;
+            let at = self.tensor.at([self.batch, self.start + row, self.head, column]);
+            let pairs = (2 * half..fragment.registers.len()).step_by(4).map(|i| {
+                [0, 1].map(|next| {
+                    let value = fragment.registers[i + next];
+                    factor.map_or(value, |factor| value * factor)
+                })
             });
+            let pairs: Vec<_> = pairs.collect();
+            if wide {
+                for (i, fours) in pairs.chunks(4).enumerate() {
+                    self.eight::<H>(k, at, column, 32 * i as u32, fours, exists);
+                }
+            } else {
+                k.if_(exists, || {
+                    for (i, &pair) in pairs.iter().enumerate() {
+                        self.pair::<H>(k, at, column, 8 * i as u32, pair);
+                    }
+                });
+            }
         }
+    }
+
+    /// Two columns of each of up to four times eight, in four threads: they are transposed, so that each thread has eight
+    /// columns of the row, and stores go out by whole sectors.
+    fn eight<H: Half>(
+        &self,
+        k: &'k Builder,
+        at: Address<'k, u64>,
+        column: Reg<'k, u32>,
+        offset: u32,
+        pairs: &[[Reg<'k, f32>; 2]],
+        exists: Reg<'k, bool>,
+    ) {
+        if self.last_column == 0 && offset >= self.dim {
+            return;
+        }
+        let packed = |i: usize| {
+            // Columns that there are not: no thread stores them.
+            let [low, high] = pairs[i.min(pairs.len() - 1)];
+            k.pack::<H>(low, high).bits::<B32>()
+        };
+        let (odd, upper) = ((k.tid(0) & 1).ne(0), (k.tid(0) & 2).ne(0));
+        let [a, b] = [0, 2].map(|i| exchange(odd, 1, packed(i), packed(i + 1)));
+        let [[a, c], [b, d]] = [0, 1].map(|i| exchange(upper, 2, a[i], b[i]));
+        let inside = self.last_column + offset + 32 <= self.dim;
+        let exists = if inside { exists } else { exists & (column + offset).lt(self.dim) };
+        k.when(exists, || at.at(2 * offset as i32).store_vec([a, b, c, d]));
     }
 
     /// Two neighbouring columns, as far as they exist.
@@ -50,7 +91,7 @@ impl<'k> Rows<'k> {
         &self,
         k: &'k Builder,
         at: Address<'k, u64>,
-        thread: Reg<'k, u32>,
+        column: Reg<'k, u32>,
         offset: u32,
         [low, high]: [Reg<'k, f32>; 2],
     ) {
@@ -62,12 +103,24 @@ impl<'k> Rows<'k> {
         if self.last_column == 0 && offset >= self.dim {
             return;
         }
-        let column = self.column + thread + offset;
+        let column = column + offset;
         k.when((column + 1).lt(self.dim), || at.store(packed));
         if self.dim % 2 == 1 {
             k.when(column.eq(self.dim - 1), || at.store(half_bits::<H>(low)));
         }
     }
+}
+
+/// Between lanes whose index differs in this bit, which is set in the `upper` of the two: the lower lane gets both first values,
+/// the upper both second ones, its own in its own place.
+fn exchange<'k>(
+    upper: Reg<'k, bool>,
+    bit: u32,
+    first: Reg<'k, B32>,
+    second: Reg<'k, B32>,
+) -> [Reg<'k, B32>; 2] {
+    let got = upper.select(first, second).shfl_bfly(bit);
+    [upper.select(got, first), upper.select(second, got)]
 }
 
 impl BwdConfig {
