@@ -12,7 +12,7 @@ use ptx::build::{Address, Half, Reg};
 use ptx::types::Scalar;
 use ptx::{BF16x2, F16x2, Kernel, Target, build};
 
-use super::global::{float, half_bits};
+use super::global::{float, floats, half_bits};
 
 /// Threads of a block.
 const THREADS: u32 = 256;
@@ -135,9 +135,8 @@ fn add_halves<H: Half>(bytes: u32, from: Address<'_, u64>, to: Address<'_, u64>)
 }
 
 fn sum<'k, H: Half>(a: Reg<'k, u32>, b: Reg<'k, u32>) -> Reg<'k, H> {
-    let [low, high] =
-        [0, 16].map(|shift| float::<H>((a >> shift).to_u16()) + float::<H>((b >> shift).to_u16()));
-    a.builder().pack(low, high)
+    let ([a_low, a_high], [b_low, b_high]) = (floats::<H>(a), floats::<H>(b));
+    a.builder().pack(a_low + b_low, a_high + b_high)
 }
 
 #[cfg(test)]
