@@ -273,10 +273,10 @@ def test_stream():
     assert torch.equal(o, expected)
 
 
-@pytest.mark.parametrize("sq", [113, 1024], ids=["small", "large"])
-def test_graph_of_both_passes(sq):
-    """The graph's working memory is of its own pool, whatever its size."""
-    args = inputs(torch.bfloat16, sq=sq, sk=sq, d=64, device="cuda")
+@pytest.mark.parametrize(("sq", "heads"), [(113, 2), (1024, 6)], ids=["small", "large"])
+def test_graph_of_both_passes(sq, heads):
+    """The graph's working memory is of its own pool, also what is so small that other calls use the plan's."""
+    args = inputs(torch.bfloat16, batch=1, sq=sq, sk=sq, heads=heads, d=64, device="cuda")
     d_o = torch.randn_like(args[0])
 
     def run():

@@ -151,11 +151,11 @@ def gpu():
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("sq", [61, 301])
-def test_on_a_gpu(gpu, dtype, sq):
+@pytest.mark.parametrize(("sq", "heads"), [(61, 2), (301, 4)])
+def test_on_a_gpu(gpu, dtype, sq, heads):
     """Values and gradients, those of tables and sinks too; with working memory of the plan's, and of XLA's for 301 queries."""
-    args = arrays(dtype, sq=sq, d=64, dv=64)
-    slopes, sinks = jnp.linspace(0.1, 0.4, 4), jnp.array([0.5, -1.0, 2.0, 0.0])
+    args = arrays(dtype, sq=sq, heads=heads, d=64, dv=64)
+    slopes, sinks = jnp.linspace(0.1, 0.4, heads), jnp.array([0.5, -1.0, 2.0, 0.0])[:heads]
     options = dict(causal=True, return_lse=True)
     ours = lambda q, k, v, a, s: flashattn.attention(q, k, v, alibi_slopes=a, sinks=s, **options)
     theirs = lambda q, k, v, a, s: tuple(
