@@ -21,9 +21,13 @@ pub struct Call<'a> {
     pub extras: Vec<Array>,
     /// The CUDA stream to run on, if the arrays are on a GPU.
     pub stream: Option<usize>,
-    /// Memory of the caller's to work with, if the arrays are on a GPU and the call is captured into a graph.
-    pub workspace: Option<Array>,
+    /// Whether that stream is being captured into a CUDA graph.
+    pub captured: bool,
 }
+
+/// The caller's allocator: an array of so many bytes on the GPU of the call. It lives until the pass is in the stream, and its
+/// memory by the caller's own rules, which let work that comes later in the stream's order use it again.
+pub type Allocate<'a> = dyn FnMut(u64) -> Result<Array, Error> + 'a;
 
 /// What the forward pass writes.
 pub struct Results {
@@ -107,15 +111,17 @@ impl Call<'_> {
         if plans::is_small(&self.q, &self.k) { Ok(f()) } else { threads::run(f) }
     }
 
-    /// Fills o and lse.
+    /// Fills o and lse. `allocate`: for memory to work with on a GPU; without it plans have their own.
     ///
     /// # Errors
     /// Whatever is wrong with options and arrays; nothing is written then.
-    pub fn forward(&self, results: &mut Results) -> Result<(), Error> {
+    pub fn forward(&self, results: &mut Results, allocate: Option<&mut Allocate<'_>>) -> Result<(), Error> {
         check_disjoint(&self.inputs().collect::<Vec<_>>(), &[&results.o, &results.lse])?;
         match self.place([&results.o, &results.lse])? {
             Place::Cpu => for_dtype!(self, T => self.run(|| self.forward_cpu::<T>(results))?),
-            Place::Cuda { ordinal } => for_dtype!(self, T => gpu::forward::<T>(self, results, ordinal)),
+            Place::Cuda { ordinal } => {
+                for_dtype!(self, T => gpu::forward::<T>(self, results, ordinal, allocate))
+            }
         }
     }
 
@@ -126,20 +132,25 @@ impl Call<'_> {
         Ok(self.planned::<T>()?.plan.forward(&q, &k, &v, &mut o, lse)?)
     }
 
-    /// Fills the gradients.
+    /// Fills the gradients; `allocate` as for [`Call::forward`].
     ///
     /// # Errors
     /// Whatever is wrong with options and arrays; nothing is written then.
-    pub fn backward(&self, given: &Given, gradients: &mut Gradients) -> Result<(), Error> {
+    pub fn backward(
+        &self,
+        given: &Given,
+        gradients: &mut Gradients,
+        allocate: Option<&mut Allocate<'_>>,
+    ) -> Result<(), Error> {
         let read: Vec<&Array> = [&given.o, &given.lse, &given.d_o].into_iter().chain(&given.d_lse).collect();
         let Gradients { dq, dk, dv, d_extras } = &*gradients;
         let written: Vec<&Array> = [dq, dk, dv].into_iter().chain(d_extras).collect();
         check_disjoint(&self.inputs().chain(read.iter().copied()).collect::<Vec<_>>(), &written)?;
         match self.place(read.into_iter().chain(written))? {
             Place::Cpu => for_dtype!(self, T => self.run(|| self.backward_cpu::<T>(given, gradients))?),
-            place @ Place::Cuda { .. } => Err(Error::NotImplemented(format!(
-                "q is on {place}: the backward pass is not there yet for GPUs"
-            ))),
+            Place::Cuda { ordinal } => {
+                for_dtype!(self, T => gpu::backward::<T>(self, given, gradients, ordinal, allocate))
+            }
         }
     }
 
@@ -156,38 +167,13 @@ impl Call<'_> {
         let Gradients { dq, dk, dv, d_extras } = gradients;
         let mut lists =
             d_extras.iter_mut().map(|d| d.list_mut::<f32>().map(Some)).collect::<Result<Vec<_>, _>>()?;
-        let d_sinks = match planned.plan.problem().sinks {
-            true => lists.pop().flatten(),
-            false => None,
-        };
-        // The plan has an order of its own, and leaves out tables that nothing reads.
-        let wanted: Vec<_> = planned.tables.iter().filter(|table| table.wants_grad()).collect();
-        if lists.len() != wanted.len() {
-            let (got, expected) = (lists.len(), wanted.len());
-            return Err(Error::Value(format!("got {got} gradients of tables to fill, expected {expected}")));
-        }
-        let mut d_tables = Vec::new();
-        for table in planned.plan.grad_tables() {
-            let list = wanted.iter().position(|t| t.is_same(table)).and_then(|i| lists[i].take());
-            d_tables.push(list.ok_or_else(|| Error::Value("a table is given twice".into()))?);
-        }
+        let places = planned.grad_places(lists.len())?;
+        let d_sinks = places.sinks.and_then(|i| lists[i].take());
+        let d_tables = places.tables.iter().filter_map(|&i| lists[i].take()).collect();
         let (dq, dk, dv) = (dq.view_mut::<T>()?, dk.view_mut::<T>()?, dv.view_mut::<T>()?);
         let mut out = GradientsMut { dq, dk, dv, d_sinks, d_tables };
         planned.plan.backward(&q, &k, &v, &given, &mut out)?;
         lists.into_iter().flatten().for_each(|unused| unused.fill(0.0));
         Ok(())
-    }
-
-    /// Bytes of working memory that the forward pass needs on a GPU; 0 on the CPU, which has its own.
-    ///
-    /// # Errors
-    /// As [`Call::forward`].
-    pub fn workspace_bytes(&self, results: &Results) -> Result<u64, Error> {
-        match self.place([&results.o, &results.lse])? {
-            Place::Cpu => Ok(0),
-            Place::Cuda { ordinal } => {
-                for_dtype!(self, T => gpu::workspace_bytes::<T>(self, results, ordinal))
-            }
-        }
     }
 }

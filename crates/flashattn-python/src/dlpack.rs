@@ -54,6 +54,10 @@ struct ManagedVersioned {
 /// What was taken from a capsule; it is given back when this is dropped.
 pub struct Owner(#[expect(dead_code, reason = "kept to be dropped")] Taken);
 
+// SAFETY: whoever has it only drops it, which calls the producer's deleter; as the protocol has consumers without Python, such a
+// deleter must not rely on a thread (those that touch Python objects take the GIL).
+unsafe impl Send for Owner {}
+
 enum Taken {
     /// From a producer older than DLPack 1.0.
     Legacy(NonNull<Managed>),

@@ -20,6 +20,9 @@ pub enum Error {
     /// It is not there yet: `NotImplementedError`.
     #[error("{0}")]
     NotImplemented(String),
+    /// What a Python function of the caller's raised.
+    #[error(transparent)]
+    Python(#[from] PyErr),
     /// What the facade says.
     #[error(transparent)]
     Attention(#[from] flashattn::Error),
@@ -61,7 +64,10 @@ fn is_type_error(error: &flashattn::Error) -> bool {
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        let text = error.to_string();
+        let text = match error {
+            Error::Python(error) => return error,
+            ref other => other.to_string(),
+        };
         match error {
             Error::Type(_) => PyTypeError::new_err(text),
             Error::NotImplemented(_) => PyNotImplementedError::new_err(text),

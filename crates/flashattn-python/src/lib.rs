@@ -16,13 +16,13 @@ mod tools;
 mod xla;
 
 use call::{Call, Given, Gradients, Results};
-use dlpack::{Imported, import};
+use dlpack::{Imported, Owner, import};
 use pyo3::prelude::*;
 
 /// A call's arrays, and what keeps them alive until it is over.
 struct Held<'a> {
     call: Call<'a>,
-    owners: Vec<dlpack::Owner>,
+    owners: Vec<Owner>,
 }
 
 impl<'a> Held<'a> {
@@ -31,6 +31,7 @@ impl<'a> Held<'a> {
         [q, k, v]: [&Bound<'_, PyAny>; 3],
         extras: &[Bound<'_, PyAny>],
         stream: Option<usize>,
+        captured: bool,
     ) -> PyResult<Self> {
         let mut owners = Vec::new();
         let mut take = |name, object| -> PyResult<array::Array> {
@@ -40,7 +41,7 @@ impl<'a> Held<'a> {
         };
         let (q, k, v) = (take("q", q)?, take("k", k)?, take("v", v)?);
         let extras = extras.iter().map(|e| take("extras", e)).collect::<PyResult<_>>()?;
-        Ok(Held { call: Call { options, q, k, v, extras, stream, workspace: None }, owners })
+        Ok(Held { call: Call { options, q, k, v, extras, stream, captured }, owners })
     }
 
     fn take(&mut self, name: &'static str, object: &Bound<'_, PyAny>) -> PyResult<array::Array> {
@@ -48,6 +49,19 @@ impl<'a> Held<'a> {
         self.owners.push(owner);
         Ok(array)
     }
+}
+
+/// Memory from a Python function of the number of bytes, which returns an array or a DLPack capsule; `owner` keeps it alive.
+fn from_python(
+    function: &Py<PyAny>,
+    owner: &mut Option<Owner>,
+    bytes: u64,
+) -> Result<array::Array, error::Error> {
+    Python::attach(|py| {
+        let imported = import("workspace", &function.bind(py).call1((bytes,))?)?;
+        *owner = Some(imported.owner);
+        Ok(imported.array)
+    })
 }
 
 #[pymodule]
@@ -59,9 +73,10 @@ mod _native {
         clear_plans, dropout_mask, io_model, num_threads, set_num_threads, workspace_bytes, xla_handlers,
     };
 
-    /// Fills o and lse.
+    /// Fills o and lse. On a GPU: in the stream; `allocate`, if given, is asked for working memory, bytes to array; `captured` says
+    /// whether the stream is being captured into a CUDA graph.
     #[pyfunction]
-    #[pyo3(signature = (options, q, k, v, extras, o, lse, stream=None, workspace=None))]
+    #[pyo3(signature = (options, q, k, v, extras, o, lse, stream=None, allocate=None, captured=false))]
     fn forward(
         py: Python<'_>,
         options: &str,
@@ -72,36 +87,22 @@ mod _native {
         o: &Bound<'_, PyAny>,
         lse: &Bound<'_, PyAny>,
         stream: Option<usize>,
-        workspace: Option<&Bound<'_, PyAny>>,
+        allocate: Option<Py<PyAny>>,
+        captured: bool,
     ) -> PyResult<()> {
-        let mut held = Held::new(options, [q, k, v], &extras, stream)?;
-        held.call.workspace = workspace.map(|workspace| held.take("workspace", workspace)).transpose()?;
+        let mut held = Held::new(options, [q, k, v], &extras, stream, captured)?;
         let mut results = Results { o: held.take("o", o)?, lse: held.take("lse", lse)? };
-        let call = &held.call;
-        Ok(py.detach(|| call.forward(&mut results))?)
+        let (call, mut owner) = (&held.call, None);
+        Ok(py.detach(|| match &allocate {
+            Some(f) => call.forward(&mut results, Some(&mut |bytes| from_python(f, &mut owner, bytes))),
+            None => call.forward(&mut results, None),
+        })?)
     }
 
-    /// Bytes of a workspace for a forward pass that is captured into a CUDA graph.
+    /// Fills dq, dk, dv and d_extras: gradients of the tables that get one, in order, then of the sinks. The rest as in `forward`.
     #[pyfunction]
-    fn forward_workspace(
-        py: Python<'_>,
-        options: &str,
-        q: &Bound<'_, PyAny>,
-        k: &Bound<'_, PyAny>,
-        v: &Bound<'_, PyAny>,
-        extras: Vec<Bound<'_, PyAny>>,
-        o: &Bound<'_, PyAny>,
-        lse: &Bound<'_, PyAny>,
-    ) -> PyResult<u64> {
-        let mut held = Held::new(options, [q, k, v], &extras, None)?;
-        let results = Results { o: held.take("o", o)?, lse: held.take("lse", lse)? };
-        let call = &held.call;
-        Ok(py.detach(|| call.workspace_bytes(&results))?)
-    }
-
-    /// Fills dq, dk, dv and d_extras: gradients of the tables that get one, in order, then of the sinks.
-    #[pyfunction]
-    #[pyo3(signature = (options, q, k, v, extras, o, lse, do_, dlse, dq, dk, dv, d_extras, stream=None))]
+    #[pyo3(signature = (options, q, k, v, extras, o, lse, do_, dlse, dq, dk, dv, d_extras, stream=None, allocate=None,
+        captured=false))]
     fn backward(
         py: Python<'_>,
         options: &str,
@@ -118,8 +119,10 @@ mod _native {
         dv: &Bound<'_, PyAny>,
         d_extras: Vec<Bound<'_, PyAny>>,
         stream: Option<usize>,
+        allocate: Option<Py<PyAny>>,
+        captured: bool,
     ) -> PyResult<()> {
-        let mut held = Held::new(options, [q, k, v], &extras, stream)?;
+        let mut held = Held::new(options, [q, k, v], &extras, stream, captured)?;
         let given = Given {
             o: held.take("o", o)?,
             lse: held.take("lse", lse)?,
@@ -132,7 +135,12 @@ mod _native {
             dv: held.take("dv", dv)?,
             d_extras: d_extras.iter().map(|d| held.take("d_extras", d)).collect::<PyResult<_>>()?,
         };
-        let call = &held.call;
-        Ok(py.detach(|| call.backward(&given, &mut gradients))?)
+        let (call, mut owner) = (&held.call, None);
+        Ok(py.detach(|| match &allocate {
+            Some(f) => {
+                call.backward(&given, &mut gradients, Some(&mut |bytes| from_python(f, &mut owner, bytes)))
+            }
+            None => call.backward(&given, &mut gradients, None),
+        })?)
     }
 }

@@ -39,6 +39,8 @@ pub struct Options {
     pub varlen: bool,
     /// Whether there are sinks.
     pub sinks: bool,
+    /// Whether gradients have the same bits in every run, where that is a choice.
+    pub deterministic: bool,
 }
 
 /// A traced function: operations on the results of earlier ones.
@@ -139,7 +141,7 @@ impl Options {
         let mut rest = rest.iter();
         let mut next = || rest.next().ok_or_else(|| Error::Value("an extra array is missing".into()));
 
-        let mut attention = Attention::new();
+        let mut attention = Attention::new().deterministic(self.deterministic);
         if self.causal {
             attention = attention.causal();
         }

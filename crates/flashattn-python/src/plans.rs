@@ -21,6 +21,38 @@ pub struct Planned<T> {
     pub plan: Plan<T>,
     /// The tables.
     pub tables: Vec<Table>,
+    /// Whether it is kept for later calls.
+    pub kept: bool,
+}
+
+/// Where in the list of gradients of extras each of a plan's is.
+pub struct GradPlaces {
+    /// That of the sinks.
+    pub sinks: Option<usize>,
+    /// Those of the tables, in the plan's order.
+    pub tables: Vec<usize>,
+    /// Those of tables that nothing reads, which the plan leaves out: they are 0.
+    pub unused: Vec<usize>,
+}
+
+impl<T: Element> Planned<T> {
+    /// The places in a list of this length, which has the tables that get a gradient, in the options' order, then the sinks.
+    pub fn grad_places(&self, given: usize) -> Result<GradPlaces, Error> {
+        let wanted: Vec<_> = self.tables.iter().filter(|table| table.wants_grad()).collect();
+        let sinks = self.plan.problem().sinks.then_some(wanted.len());
+        let expected = wanted.len() + usize::from(sinks.is_some());
+        if given != expected {
+            return Err(Error::Value(format!(
+                "got {given} gradients of extras to fill, expected {expected}"
+            )));
+        }
+        let place = |table: &Table| wanted.iter().position(|t| t.is_same(table));
+        let tables: Option<Vec<_>> = self.plan.grad_tables().iter().map(place).collect();
+        let tables =
+            tables.ok_or_else(|| Error::Value("a table of the plan is none of the call's".into()))?;
+        let unused = (0..wanted.len()).filter(|i| !tables.contains(i)).collect();
+        Ok(GradPlaces { sinks, tables, unused })
+    }
 }
 
 #[derive(PartialEq)]
@@ -74,9 +106,10 @@ pub fn get<T: Element>(
     let (attention, tables) = parsed.attention(extras)?;
     let attention = attention.device(device);
     let attention = if device == Device::Cpu && is_small(q, k) { attention.threads(1) } else { attention };
-    let planned = Arc::new(Planned { plan: attention.plan::<T>(shape)?, tables });
     // A seed is new at each call.
-    if small && parsed.dropout.is_none() {
+    let kept = small && parsed.dropout.is_none();
+    let planned = Arc::new(Planned { plan: attention.plan::<T>(shape)?, tables, kept });
+    if kept {
         let mut cache = CACHE.lock().unwrap_or_else(PoisonError::into_inner);
         let limit = PLANS[usize::from(device != Device::Cpu)];
         let mut same = 0;

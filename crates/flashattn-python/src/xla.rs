@@ -72,7 +72,10 @@ struct Api {
     error_destroy: Option<unsafe extern "C" fn(*mut DestroyArgs)>,
     _handler_register: *const c_void,
     stream_get: Option<unsafe extern "C" fn(*mut StreamArgs) -> *mut c_void>,
-    _others: [*const c_void; 12],
+    _types_and_state: [*const c_void; 4],
+    memory_allocate: Option<unsafe extern "C" fn(*mut AllocateArgs) -> *mut c_void>,
+    memory_free: Option<unsafe extern "C" fn(*mut FreeArgs) -> *mut c_void>,
+    _others: [*const c_void; 6],
     /// The last of 0.3; `struct_size` says whether it is there.
     ordinal_get: Option<unsafe extern "C" fn(*mut OrdinalArgs) -> *mut c_void>,
 }
@@ -98,6 +101,25 @@ struct OrdinalArgs {
     extension: *mut Extension,
     context: *mut c_void,
     ordinal: i32,
+}
+
+#[repr(C)]
+struct AllocateArgs {
+    struct_size: usize,
+    extension: *mut Extension,
+    context: *mut c_void,
+    size: usize,
+    alignment: usize,
+    data: *mut c_void,
+}
+
+#[repr(C)]
+struct FreeArgs {
+    struct_size: usize,
+    extension: *mut Extension,
+    context: *mut c_void,
+    size: usize,
+    data: *mut c_void,
 }
 
 #[repr(C)]
@@ -167,12 +189,18 @@ pub fn capsule(py: Python<'_>, handler: Handler) -> PyResult<Bound<'_, PyCapsule
 pub unsafe extern "C" fn forward<const CUDA: bool>(frame: *mut CallFrame) -> *mut c_void {
     // SAFETY: as the caller says.
     unsafe {
-        handle::<CUDA>(frame, |options, mut arguments, results, stream| {
+        handle::<CUDA>(frame, |options, mut arguments, results, gpu| {
             let [o, lse] = exactly("results", results)?;
             let mut extras = arguments.split_off(3.min(arguments.len()));
             let [q, k, v] = exactly("operands", arguments)?;
+            let stream = gpu.as_ref().map(|gpu| gpu.stream);
             let _memory = to_host(&mut extras, stream)?;
-            Call { options, q, k, v, extras, stream, workspace: None }.forward(&mut Results { o, lse })
+            let call = Call { options, q, k, v, extras, stream, captured: false };
+            let mut results = Results { o, lse };
+            match gpu {
+                Some(mut gpu) => call.forward(&mut results, Some(&mut |bytes| gpu.allocate(bytes))),
+                None => call.forward(&mut results, None),
+            }
         })
     }
 }
@@ -184,15 +212,22 @@ pub unsafe extern "C" fn forward<const CUDA: bool>(frame: *mut CallFrame) -> *mu
 pub unsafe extern "C" fn backward<const CUDA: bool>(frame: *mut CallFrame) -> *mut c_void {
     // SAFETY: as the caller says.
     unsafe {
-        handle::<CUDA>(frame, |options, mut arguments, mut results, stream| {
+        handle::<CUDA>(frame, |options, mut arguments, mut results, gpu| {
             let d_extras = results.split_off(3.min(results.len()));
             let [dq, dk, dv] = exactly("results", results)?;
             let mut extras = arguments.split_off(7.min(arguments.len()));
             let [q, k, v, o, lse, d_o, d_lse] = exactly("operands", arguments)?;
             let given = Given { o, lse, d_o, d_lse: Some(d_lse) };
+            let stream = gpu.as_ref().map(|gpu| gpu.stream);
             let _memory = to_host(&mut extras, stream)?;
-            Call { options, q, k, v, extras, stream, workspace: None }
-                .backward(&given, &mut Gradients { dq, dk, dv, d_extras })
+            let call = Call { options, q, k, v, extras, stream, captured: false };
+            let mut gradients = Gradients { dq, dk, dv, d_extras };
+            match gpu {
+                Some(mut gpu) => {
+                    call.backward(&given, &mut gradients, Some(&mut |bytes| gpu.allocate(bytes)))
+                }
+                None => call.backward(&given, &mut gradients, None),
+            }
         })
     }
 }
@@ -215,39 +250,104 @@ fn exactly<const N: usize>(what: &str, list: Vec<Array>) -> Result<[Array; N], E
     list.try_into().map_err(|list: Vec<_>| Error::Value(format!("got {} {what}, expected {N}", list.len())))
 }
 
-/// The stream and the GPU of a call.
-///
-/// # Safety
-/// `frame` is a call frame of XLA's FFI.
-unsafe fn stream_and_ordinal(frame: &CallFrame) -> Result<(usize, u32), Error> {
-    let (context, extension, api) = (frame.context, null_mut(), frame.api);
-    let mut stream =
-        StreamArgs { struct_size: size_of::<StreamArgs>(), extension, context, stream: null_mut() };
-    let mut device = OrdinalArgs { struct_size: size_of::<OrdinalArgs>(), extension, context, ordinal: -1 };
-    // SAFETY: XLA's own functions, with their arguments; a field is read only if `struct_size` says that it is there.
-    let failed = unsafe {
-        if (*api).struct_size < size_of::<Api>() {
-            return Err(Error::NotImplemented(
-                "this jaxlib does not tell the GPU's number; update it".into(),
-            ));
+/// What XLA tells of a call on a GPU, and the memory that it lent for it.
+struct Gpu {
+    api: *const Api,
+    context: *mut c_void,
+    stream: usize,
+    ordinal: u32,
+    /// From XLA's allocator: addresses and sizes. They go back when the call is over, with the work that uses them still in the
+    /// stream: what XLA puts there next comes later.
+    lent: Vec<(*mut c_void, usize)>,
+}
+
+impl Gpu {
+    /// # Safety
+    /// `frame` is a call frame of XLA's FFI, and outlives the result.
+    unsafe fn of(frame: &CallFrame) -> Result<Gpu, Error> {
+        let (context, extension, api) = (frame.context, null_mut(), frame.api);
+        let mut stream =
+            StreamArgs { struct_size: size_of::<StreamArgs>(), extension, context, stream: null_mut() };
+        let mut device =
+            OrdinalArgs { struct_size: size_of::<OrdinalArgs>(), extension, context, ordinal: -1 };
+        // SAFETY: XLA's own functions, with their arguments; a field is read only if `struct_size` says that it is there.
+        let failed = unsafe {
+            if (*api).struct_size < size_of::<Api>() {
+                return Err(Error::NotImplemented(
+                    "this jaxlib does not tell the GPU's number; update it".into(),
+                ));
+            }
+            let errors = [
+                (*api).stream_get.map_or(null_mut(), |get| get(&mut stream)),
+                (*api).ordinal_get.map_or(null_mut(), |get| get(&mut device)),
+            ];
+            // All of them, for each is to be destroyed.
+            errors.map(|error| is_error(api, error)).contains(&true)
+        };
+        match u32::try_from(device.ordinal) {
+            Ok(ordinal) if !failed => {
+                Ok(Gpu { api, context, stream: stream.stream.expose_provenance(), ordinal, lent: Vec::new() })
+            }
+            _ => Err(Error::Value("XLA gives no stream or no device for this call".into())),
         }
-        let api = &*api;
-        let errors = [
-            api.stream_get.map_or(null_mut(), |get| get(&mut stream)),
-            api.ordinal_get.map_or(null_mut(), |get| get(&mut device)),
-        ];
-        for error in errors.into_iter().filter(|error| !error.is_null()) {
-            let mut args = DestroyArgs { struct_size: size_of::<DestroyArgs>(), extension, error };
-            if let Some(destroy) = api.error_destroy {
-                destroy(&mut args);
+    }
+
+    /// Memory from XLA's allocator until the call is over.
+    fn allocate(&mut self, bytes: u64) -> Result<Array, Error> {
+        // XLA's FFI promises no more than 16, workspaces begin at multiples of 256.
+        const ALIGN: usize = 256;
+        let failed = || Error::Value(format!("XLA's allocator has no {bytes} bytes to work with"));
+        let len = usize::try_from(bytes).map_err(|_| failed())?;
+        let size = len.checked_add(ALIGN).ok_or_else(failed)?;
+        let (context, extension, data) = (self.context, null_mut(), null_mut());
+        let struct_size = size_of::<AllocateArgs>();
+        let mut args = AllocateArgs { struct_size, extension, context, size, alignment: 16, data };
+        // SAFETY: XLA's own function, with its arguments, while the frame's context is valid.
+        unsafe {
+            let allocate = (*self.api).memory_allocate.ok_or_else(failed)?;
+            if is_error(self.api, allocate(&mut args)) || args.data.is_null() {
+                return Err(failed());
             }
         }
-        errors.iter().any(|error| !error.is_null())
-    };
-    match u32::try_from(device.ordinal) {
-        Ok(ordinal) if !failed => Ok((stream.stream.expose_provenance(), ordinal)),
-        _ => Err(Error::Value("XLA gives no stream or no device for this call".into())),
+        self.lent.push((args.data, size));
+        let data = args.data.wrapping_byte_add(args.data.addr().next_multiple_of(ALIGN) - args.data.addr());
+        let place = Place::Cuda { ordinal: self.ordinal };
+        let (shape, strides) = (vec![len], vec![1]);
+        Ok(Array { name: "workspace", data, shape, strides, kind: Kind::U8, place, read_only: false })
     }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        for &(data, size) in &self.lent {
+            let (context, extension, struct_size) = (self.context, null_mut(), size_of::<FreeArgs>());
+            let mut args = FreeArgs { struct_size, extension, context, size, data };
+            // SAFETY: XLA's own function, once for each that it lent, while the frame's context is valid.
+            unsafe {
+                if let Some(free) = (*self.api).memory_free {
+                    is_error(self.api, free(&mut args));
+                }
+            }
+        }
+    }
+}
+
+/// Whether a function of XLA's failed; its error is destroyed.
+///
+/// # Safety
+/// `api` is XLA's, `error` what one of its functions returned.
+unsafe fn is_error(api: *const Api, error: *mut c_void) -> bool {
+    if error.is_null() {
+        return false;
+    }
+    let mut args = DestroyArgs { struct_size: size_of::<DestroyArgs>(), extension: null_mut(), error };
+    // SAFETY: XLA's own function, which has been there from the first version on, with its arguments.
+    unsafe {
+        if let Some(destroy) = (*api).error_destroy {
+            destroy(&mut args);
+        }
+    }
+    true
 }
 
 /// Reads the frame, runs `f`, and makes an error of what it returns, or of a panic, which must not reach C++.
@@ -256,7 +356,7 @@ unsafe fn stream_and_ordinal(frame: &CallFrame) -> Result<(usize, u32), Error> {
 /// `frame` is a call frame of XLA's FFI.
 unsafe fn handle<const CUDA: bool>(
     frame: *mut CallFrame,
-    f: impl FnOnce(&str, Vec<Array>, Vec<Array>, Option<usize>) -> Result<(), Error>,
+    f: impl FnOnce(&str, Vec<Array>, Vec<Array>, Option<Gpu>) -> Result<(), Error>,
 ) -> *mut c_void {
     // SAFETY: XLA gives a frame that is valid during the call, as are all the pointers in it.
     let frame = unsafe { &mut *frame };
@@ -278,19 +378,20 @@ unsafe fn handle<const CUDA: bool>(
     let run = || {
         // SAFETY: as above; operands and results are buffers in the memory of this handler's platform, dense and row-major,
         // as is JAX's default layout.
-        let (options, arguments, results, stream) = unsafe {
-            let (stream, place) = match CUDA {
+        let (options, arguments, results, gpu) = unsafe {
+            let (gpu, place) = match CUDA {
                 true => {
-                    let (stream, ordinal) = stream_and_ordinal(frame)?;
-                    (Some(stream), Place::Cuda { ordinal })
+                    let gpu = Gpu::of(frame)?;
+                    let place = Place::Cuda { ordinal: gpu.ordinal };
+                    (Some(gpu), place)
                 }
                 false => (None, Place::Cpu),
             };
             let (arguments, results) =
                 (arrays(&frame.arguments, place, true)?, arrays(&frame.results, place, false)?);
-            (options(&frame.attributes)?, arguments, results, stream)
+            (options(&frame.attributes)?, arguments, results, gpu)
         };
-        f(options, arguments, results, stream)
+        f(options, arguments, results, gpu)
     };
     let (code, message) = match catch_unwind(AssertUnwindSafe(run)) {
         Ok(Ok(())) => return null_mut(),

@@ -9,6 +9,17 @@ import pytest
 import torch
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+#: The most exact type that a device takes: GPUs refuse float32 by name (test_cuda.py).
+FINEST = {"cpu": torch.float32, "cuda": torch.float16}
+on_devices = pytest.mark.parametrize("device", DEVICES)
+with_dtypes = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        *(("cpu", dtype) for dtype in DTYPES),
+        *(pytest.param("cuda", dtype, marks=pytest.mark.cuda) for dtype in DTYPES[1:]),
+    ],
+)
 #: Half a unit in the last place of numbers near 1; for float32, of the sums of some hundred that gradients are.
 #: (Where a query sees one key only, plain attention's error is 0. The Rust corpus derives its floors case by case.)
 FLOOR = {torch.float32: 2**-18, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -36,8 +47,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-def inputs(dtype=torch.float32, batch=2, sq=113, sk=203, heads=6, heads_kv=2, d=59, dv=None, device="cpu", grad=True):
+def inputs(dtype=None, batch=2, sq=113, sk=203, heads=6, heads_kv=2, d=59, dv=None, device="cpu", grad=True):
     """q, k and v of ragged, pairwise-distinct sizes."""
+    dtype = dtype or FINEST[device]
     shapes = (batch, sq, heads, d), (batch, sk, heads_kv, d), (batch, sk, heads_kv, dv or d)
     return [torch.randn(s, dtype=dtype, device=device, requires_grad=grad) for s in shapes]
 
@@ -62,7 +74,7 @@ def plain(
         torch.arange(n, device=q.device).reshape(shape) for n, shape in ((batch, (-1, 1, 1, 1)), (heads, (-1, 1, 1)))
     )
     if score_mod is not None:
-        s = score_mod(s, b, h, i, j)
+        s = score_mod(s, b, h, i, j).to(q.dtype)  # of a narrow score and an integer PyTorch makes float32
     visible = torch.ones(sq, sk, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible & (j <= diagonal)
@@ -125,3 +137,11 @@ def close(name, got, exact, standard, dtype):
     theirs = (standard.double() - exact).masked_fill(hidden, 0).abs().max().item()
     floor = FLOOR[dtype] * max(1.0, exact.masked_fill(hidden, 0).abs().max().item())
     assert error <= 2 * theirs + floor, f"{name}: error {error:.3g}, plain attention's {theirs:.3g}, floor {floor:.3g}"
+
+
+def near(got, expected):
+    """The same; on GPUs, where packed and other sequences are cut into blocks of different sizes, up to a few roundings."""
+    if not got.is_cuda:
+        return torch.testing.assert_close(got, expected)
+    largest = expected[expected.isfinite()].abs().amax().item() if expected.isfinite().any() else 0.0
+    torch.testing.assert_close(got, expected, atol=4 * FLOOR[got.dtype] * max(1.0, largest), rtol=0)

@@ -261,6 +261,39 @@ class Elsewhere:
         return new(ctypes.addressof(self.managed), b"dltensor", None)
 
 
+def test_gradients_that_cannot_be_touched():
+    """The backward pass on arrays that say that they are on a GPU, whether or not there is one; and on wrong ones here."""
+    from flashattn import _native
+
+    shape, options = (1, 4, 2, 8), '{"causal":true}'
+    read = [Elsewhere(shape), Elsewhere((1, 2, 4), 32), Elsewhere(shape), None]  # o, lse, do, dlse
+    written = [Elsewhere(shape) for _ in range(3)]
+    for i, x in enumerate(written):
+        x.managed.data = 0x20000 + 0x10000 * i
+    q = read[0]
+    asked = []
+    memory = dict(stream=0, allocate=asked.append, captured=False)
+    with pytest.raises(RuntimeError, match=r"cuda:0: "):
+        _native.backward(options, q, q, q, [], *read, *written, [], **memory)
+    with pytest.raises(NotImplementedError, match=r"dtype: f32 .* is not supported on cuda:0"):
+        wide = [Elsewhere(shape, 32) for _ in range(4)]
+        for i, x in enumerate(wide[1:]):
+            x.managed.data = 0x20000 + 0x10000 * i
+        q32 = wide[0]
+        _native.backward(options, q32, q32, q32, [], q32, read[1], q32, None, *wide[1:], [], **memory)
+    with pytest.raises(TypeError, match="dv is on cpu, expected cuda:0"):
+        _native.backward(options, q, q, q, [], *read, *written[:2], np.zeros(shape, np.float16), [], **memory)
+    with pytest.raises(ValueError, match="dk shares memory with dq"):
+        _native.backward(options, q, q, q, [], *read, written[0], written[0], written[2], [], **memory)
+    assert not asked
+    x, lse = np.zeros(shape, np.float32), np.zeros((1, 2, 4), np.float32)
+    out = [np.zeros(shape, np.float32) for _ in range(3)]
+    for extras, d_extras, wanted in (([], [lse.copy()], 0), ([np.ones(2, np.float32)], [], 1)):
+        text = '{"tables":[%s]%s}' % (("true", ',"alibi":0') if extras else ("", ""))
+        with pytest.raises(ValueError, match=f"got {len(d_extras)} gradients of extras to fill, expected {wanted}"):
+            _native.backward(text, x, x, x, extras, x, lse, x, None, *out, d_extras)
+
+
 def test_memory_that_cannot_be_touched():
     """Wrong pointers, devices and strides are exceptions, whether or not there is a driver or a GPU."""
     from flashattn import _native

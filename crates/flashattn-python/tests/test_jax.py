@@ -1,12 +1,19 @@
 """JAX: values and gradients under jit, grad and vmap, against plain jax.numpy in float64 (by NumPy's)."""
 
+import os
+
 import numpy as np
 import pytest
 
+# Beside PyTorch in one process: no three quarters of the GPU's memory in advance.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 
 import flashattn  # noqa: E402
+
+# Where there is a GPU, too: it refuses float32.
+jax.config.update("jax_default_device", jax.devices("cpu")[0])
 
 
 def arrays(dtype=jnp.float32, sq=61, sk=83, heads=4, heads_kv=2, d=24, dv=40):
@@ -134,19 +141,45 @@ def test_errors():
         flashattn.flash_attn_func(q, k, v, alibi_slopes=jnp.ones(3)).block_until_ready()
 
 
-@pytest.mark.cuda
-def test_on_a_gpu():
-    """The forward pass on a GPU, with a table that is read on the host."""
+@pytest.fixture
+def gpu():
     try:
-        gpu = jax.devices("gpu")[0]
+        return jax.devices("gpu")[0]
     except RuntimeError as error:
         pytest.skip(f"this jaxlib has no GPU: {error}")
-    q, k, v = arrays(jnp.bfloat16, d=64, dv=64)
-    slopes = jnp.linspace(0.1, 0.4, 4)
-    run = jax.jit(lambda q, k, v, s: flashattn.attention(q, k, v, causal=True, alibi_slopes=s, return_lse=True))
-    there = jax.device_put((q, k, v, slopes), gpu)
-    for got, expected in zip(run(*there), run(q, k, v, slopes)):
-        assert got.devices() == {gpu}
-        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize(("sq", "heads"), [(61, 2), (301, 4)])
+def test_on_a_gpu(gpu, dtype, sq, heads):
+    """Values and gradients, those of tables and sinks too; with working memory of the plan's, and of XLA's for 301 queries."""
+    args = arrays(dtype, sq=sq, heads=heads, d=64, dv=64)
+    slopes, sinks = jnp.linspace(0.1, 0.4, heads), jnp.array([0.5, -1.0, 2.0, 0.0])[:heads]
+    options = dict(causal=True, return_lse=True)
+    ours = lambda q, k, v, a, s: flashattn.attention(q, k, v, alibi_slopes=a, sinks=s, **options)
+    theirs = lambda q, k, v, a, s: tuple(
+        x.astype(y) for x, y in zip(plain(q, k, v, a.astype(q.dtype), s.astype(q.dtype), True), (q.dtype, jnp.float32))
+    )
+    learned = (*args, slopes, sinks)
+    wide = tuple(x.astype(jnp.float32) for x in learned)
+    results = []
+    for function, inputs in ((ours, jax.device_put(learned, gpu)), (theirs, wide), (theirs, learned)):
+        gradients = jax.jit(jax.grad(loss(function), argnums=range(5)))(*inputs)
+        results.append([*jax.jit(function)(*inputs), *gradients])
+    assert all(x.devices() == {gpu} for x in results[0])
+    for name, got, exact, standard in zip(["o", "lse", "dq", "dk", "dv", "slopes", "sinks"], *results):
+        got, exact, standard = (np.asarray(x, np.float64) for x in (got, exact, standard))
+        floor = (2**-8 if dtype == jnp.bfloat16 else 2**-11) * max(1, abs(exact).max())
+        assert abs(got - exact).max() <= 2 * abs(standard - exact).max() + floor, name
+
+
+@pytest.mark.cuda
+def test_what_a_gpu_refuses(gpu):
+    q, k, v = jax.device_put(arrays(), gpu)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"UNIMPLEMENTED.*dtype: f32"):
-        jax.block_until_ready(run(*(x.astype(jnp.float32) for x in there)))
+        jax.block_until_ready(flashattn.flash_attn_func(q, k, v))
+    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
+    slopes = jax.device_put(jnp.ones(4), gpu)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"UNIMPLEMENTED.*determinism: gradients of tables"):
+        jax.block_until_ready(flashattn.flash_attn_func(q, k, v, alibi_slopes=slopes, deterministic=True))

@@ -10,19 +10,15 @@ import pytest
 import torch
 
 import flashattn
-from conftest import DEVICES, compare, inputs, plain
+from conftest import FINEST, compare, inputs, near, on_devices, plain, with_dtypes
 from flashattn import bert_padding
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-on_devices = pytest.mark.parametrize("device", DEVICES)
 
 
 def func(**options):
     return lambda q, k, v: flashattn.flash_attn_func(q, k, v, return_attn_probs=True, **options)[:2]
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 @pytest.mark.parametrize("heads_kv", [6, 2, 1])
 @pytest.mark.parametrize("causal", [False, True])
 def test_exact(device, dtype, heads_kv, causal):
@@ -30,8 +26,7 @@ def test_exact(device, dtype, heads_kv, causal):
     compare(func(causal=causal), q, k, v, causal=causal)
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 @pytest.mark.parametrize(
     "sizes", [(1, 239, 64, 64), (97, 1, 40, 24), (128, 128, 128, 128), (3, 1, 7, 1), (65, 257, 33, 96)]
 )
@@ -41,8 +36,7 @@ def test_sizes(device, dtype, sizes):
     compare(func(causal=True), q, k, v, causal=True)
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 @pytest.mark.parametrize("window", [(17, 0), (-1, 5), (30, 11), (0, 0)])
 def test_window(device, dtype, window):
     q, k, v = inputs(dtype, device=device)
@@ -51,8 +45,7 @@ def test_window(device, dtype, window):
     assert torch.equal(o, flashattn.flash_attn_func(q, k, v, window_size=torch.tensor(window)))
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 @pytest.mark.parametrize("per_batch", [False, True])
 def test_alibi_softcap_scale(device, dtype, per_batch):
     q, k, v = inputs(dtype, device=device)
@@ -77,8 +70,7 @@ def test_learned_extras(device):
     )  # fmt: skip
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 def test_dropout(device, dtype):
     q, k, v = inputs(dtype, device=device)
     p = 0.17
@@ -101,9 +93,10 @@ def test_dropout_by_the_generator(device):
     torch.manual_seed(7)
     assert torch.equal(o, flashattn.flash_attn_func(q, k, v, p, causal=True))
     assert not torch.equal(o, flashattn.flash_attn_func(q, k, v, p, causal=True)), "a new seed at each call"
-    expected, expected_lse, exact = plain(q, k, v, causal=True, keep=weights > 0, p=p)
-    assert (o - expected).abs().max() < 1e-5 and (lse - expected_lse).abs().max() < 1e-5
-    assert (weights.abs() - exact).abs().max() < 1e-6
+    expected, expected_lse, exact = plain(*(x.float() for x in (q, k, v)), causal=True, keep=weights > 0, p=p)
+    eps = torch.finfo(q.dtype).eps
+    assert (o - expected).abs().max() < 84 * eps and (lse - expected_lse).abs().max() < 1e-5
+    assert (weights.abs() - exact).abs().max() < 8.4 * eps
     visible = exact > 0
     n = visible.sum().item()
     dropped = (weights[visible] < 0).sum().item() / n
@@ -114,8 +107,7 @@ def lengths_of(lengths, device="cpu"):
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 @pytest.mark.parametrize("form", ["func", "kvpacked", "qkvpacked"])
 def test_packed_sequences(device, dtype, form):
     same = form == "qkvpacked"
@@ -150,10 +142,10 @@ def test_packed_sequences(device, dtype, form):
         part = [t[r][None].detach().requires_grad_() for t, r in zip(x, rows)]
         own = dict(options, alibi_slopes=slopes[b])
         o_part, lse_part, _ = flashattn.flash_attn_func(*part, **own)
-        torch.testing.assert_close(o[rows[0]], o_part[0])
-        torch.testing.assert_close(lse[:, rows[0]], lse_part[0])
+        near(o[rows[0]], o_part[0])
+        near(lse[:, rows[0]], lse_part[0])
         for g, r, e in zip(got, rows, torch.autograd.grad(o_part, part, d_o[rows[0]][None])):
-            torch.testing.assert_close(g[r], e[0])
+            near(g[r], e[0])
 
 
 def test_packed_weights():
@@ -170,11 +162,11 @@ def test_packed_weights():
 
 @on_devices
 def test_packed_in_one_tensor(device):
-    qkv = torch.randn(2, 77, 3, 4, 24, device=device, requires_grad=True)
+    qkv = torch.randn(2, 77, 3, 4, 24, dtype=FINEST[device], device=device, requires_grad=True)
     q, k, v = qkv.unbind(2)
     kv = torch.stack([k, v], 2)
-    expected = flashattn.flash_attn_func(q, k, v, causal=True)
-    packed = flashattn.flash_attn_qkvpacked_func(qkv, causal=True)
+    expected = flashattn.flash_attn_func(q, k, v, causal=True, deterministic=True)
+    packed = flashattn.flash_attn_qkvpacked_func(qkv, causal=True, deterministic=True)
     assert torch.equal(packed, expected)
     assert torch.equal(flashattn.flash_attn_kvpacked_func(q, kv, causal=True), expected)
     d_o = torch.randn_like(packed)
@@ -192,7 +184,7 @@ def test_any_strides(device):
     dims_first = [x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0) for x in (q, k, v)]
     assert dims_first[0].stride(-1) != 1
     assert torch.equal(flashattn.flash_attn_func(*dims_first), expected)
-    padded = torch.randn(2, 203, 2, 80, device=device)
+    padded = torch.randn(2, 203, 2, 80, dtype=q.dtype, device=device)
     padded[..., :59] = k
     assert torch.equal(flashattn.flash_attn_func(q, padded[..., :59], v), expected)
     shared = [x[:1].expand(2, -1, -1, -1) for x in (k, v)]
@@ -204,11 +196,11 @@ def test_any_strides(device):
 @on_devices
 def test_any_gradient_strides(device):
     q, k, v = inputs(device=device)
-    o = flashattn.flash_attn_func(q, k, v)
+    o = flashattn.flash_attn_func(q, k, v, deterministic=True)
     expected = torch.autograd.grad(o, (q, k, v), torch.ones_like(o), retain_graph=True)
     for a, b in zip(torch.autograd.grad(o.sum(), (q, k, v), retain_graph=True), expected):
         assert torch.equal(a, b), "all strides are 0"
-    d_o = torch.randn(2, 59, 6, 113, device=device).permute(0, 3, 2, 1)
+    d_o = torch.randn(2, 59, 6, 113, dtype=o.dtype, device=device).permute(0, 3, 2, 1)
     a, b = (torch.autograd.grad(o, q, d, retain_graph=True)[0] for d in (d_o, d_o.contiguous()))
     assert torch.equal(a, b)
 
@@ -232,8 +224,7 @@ def test_no_second_derivative_rather_than_a_wrong_one():
         gradient.sum().backward()
 
 
-@on_devices
-@pytest.mark.parametrize("dtype", DTYPES)
+@with_dtypes
 def test_rows_that_see_nothing(device, dtype):
     q, k, v = inputs(dtype, sq=90, sk=21, device=device)
     o, lse, _ = flashattn.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
@@ -255,7 +246,7 @@ def test_empty(device, shape):
 @on_devices
 def test_the_same_every_time(device):
     q, k, v = inputs(torch.bfloat16, device=device, sq=400, sk=333, d=64)
-    o = flashattn.flash_attn_func(q, k, v, causal=True)
+    o = flashattn.flash_attn_func(q, k, v, causal=True, deterministic=True)
     d_o = torch.randn_like(o)
     first = torch.autograd.grad(o, (q, k, v), d_o, retain_graph=True)
     threads = flashattn.num_threads()
@@ -274,19 +265,21 @@ def test_compiled(device):
     """One graph, forward and backward, also with sizes that change; dropout comes from the generator."""
     torch._dynamo.reset()
 
+    options = dict(causal=True, window_size=(40, 0), deterministic=True)
+
     @torch.compile(fullgraph=True, backend="aot_eager")
     def f(q, k, v, slopes):
-        return flashattn.flash_attn_func(q * 2, k, v, causal=True, window_size=(40, 0), alibi_slopes=slopes).sin()
+        return flashattn.flash_attn_func(q * 2, k, v, alibi_slopes=slopes, **options).sin()
 
     slopes = torch.rand(6, device=device)
     for sq in (113, 90, 71):
         q, k, v = inputs(sq=sq, device=device)
-        expected = flashattn.flash_attn_func(q * 2, k, v, causal=True, window_size=(40, 0), alibi_slopes=slopes).sin()
+        expected = flashattn.flash_attn_func(q * 2, k, v, alibi_slopes=slopes, **options).sin()
         d_o = torch.randn_like(expected)
         got = f(q, k, v, slopes)
         assert torch.equal(got, expected)
         for a, b in zip(torch.autograd.grad(got, (q, k, v), d_o), torch.autograd.grad(expected, (q, k, v), d_o)):
-            torch.testing.assert_close(a, b)
+            near(a, b)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def dropped(q, k, v):
@@ -320,7 +313,9 @@ def test_registered_operators(device):
         '{"tables":[true],"alibi":0,"sinks":true,"varlen":false}',
     ):
         extras = [torch.rand(6, device=device, requires_grad=True) for _ in range(2)] if "alibi" in text else []
-        torch.library.opcheck(torch.ops.flashattn.forward, (q, k, v, extras, text, 0, 0))
+        # It compares gradients of two runs; on a GPU those of slopes are added up in any order.
+        near = dict(atol=1e-2, rtol=1e-2) if device == "cuda" else {}
+        torch.library.opcheck(torch.ops.flashattn.forward, (q, k, v, extras, text, 0, 0), **near)
 
 
 def peak_bytes():

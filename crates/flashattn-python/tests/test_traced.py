@@ -7,10 +7,8 @@ import pytest
 import torch
 
 import flashattn
-from conftest import DEVICES, compare, inputs
+from conftest import FINEST, compare, inputs, on_devices
 from flashattn import Table, trace_mask_mod, trace_score_mod
-
-on_devices = pytest.mark.parametrize("device", DEVICES)
 
 SCORE_MODS = {
     "relative": lambda s, b, h, q, k: s + (q - k) * 0.01,
@@ -88,10 +86,10 @@ def test_captured_tables_and_their_gradients(device):
     def reference(q, k, v, *tables):
         return plain(q, k, v, score_mod=with_tables(*tables))
 
-    results = run(ours, torch.float32), run(reference, torch.float64), run(reference, torch.float32)
+    results = run(ours, q.dtype), run(reference, torch.float64), run(reference, q.dtype)
     names = ["o", "lse", "dq", "dk", "dv", "scale", "slope", "by_key", "full", "by_query"]
     for name, *three in zip(names, *results):
-        close(name, *three, torch.float32)
+        close(name, *three, q.dtype)
 
 
 @on_devices
@@ -119,7 +117,9 @@ def test_flex_attention(device):
     for block_mask in (ours, theirs):
         got = flashattn.flex_attention(q, k, v, block_mask=block_mask, **options)
         for a, b in zip(got, expected):
-            torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                a, b, **(dict(atol=2e-6, rtol=1e-5) if device == "cpu" else dict(atol=4e-3, rtol=0))
+            )
     names = list(inspect.signature(flex.flex_attention).parameters)[:8]
     assert names == list(inspect.signature(flashattn.flex_attention).parameters)[:8]
     names = list(inspect.signature(flex.create_block_mask).parameters)[:5]
@@ -152,8 +152,9 @@ def test_scaled_dot_product_attention(device):
     """PyTorch's own signature, defaults, alignment and masks."""
     theirs = torch.nn.functional.scaled_dot_product_attention
     q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in inputs(sq=61, sk=83, d=32, heads=4, device=device))
-    bias = torch.randn(61, 83, device=device, requires_grad=True)
-    per_head = torch.randn(1, 4, 1, 83, device=device, requires_grad=True)
+    dtype = FINEST[device]
+    bias = torch.randn(61, 83, dtype=dtype, device=device, requires_grad=True)
+    per_head = torch.randn(1, 4, 1, 83, dtype=dtype, device=device, requires_grad=True)
     visible = torch.rand(2, 1, 61, 83, device=device) < 0.7
     cases = [
         {},
@@ -162,7 +163,7 @@ def test_scaled_dot_product_attention(device):
         {"attn_mask": per_head},
         {"attn_mask": visible, "scale": 0.3},
     ]
-    d_o = torch.randn(2, 4, 61, 32, device=device)
+    d_o = torch.randn(2, 4, 61, 32, dtype=dtype, device=device)
     for options in cases:
         learned = [q, k, v, *(x for x in options.values() if torch.is_tensor(x) and x.requires_grad)]
         results = []
@@ -170,7 +171,10 @@ def test_scaled_dot_product_attention(device):
             o = function(q, k, v, enable_gqa=True, **options)
             results.append([o, *torch.autograd.grad(o, learned, d_o)])
         for a, b in zip(*results):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+            # In float16 both round; a sum over queries and batches has numbers of some ten.
+            torch.testing.assert_close(
+                a, b, **(dict(atol=1e-5, rtol=1e-4) if device == "cpu" else dict(atol=0.03, rtol=0.01))
+            )
     parameters = inspect.signature(flashattn.scaled_dot_product_attention).parameters.values()
     got = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in parameters)
     documented = theirs.__doc__.partition("(")[2].partition(")")[0]

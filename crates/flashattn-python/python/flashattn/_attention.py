@@ -75,6 +75,7 @@ def attention(
     max_seqlen_k: int = 0,
     dropout_p: float = 0.0,
     seed: Any = None,
+    deterministic: bool = False,
     return_lse: bool = False,
 ) -> Any:
     """Exact attention in memory linear in the sequence length, with every option; all of them compose.
@@ -116,6 +117,9 @@ def attention(
         Probability with which a weight is dropped. Others are divided by 1 − dropout_p.
     seed : int or array, optional
         Decides which. PyTorch: from its generator if not given. JAX: also a key.
+    deterministic : bool
+        Whether gradients have the same bits in every run. CPUs give nothing else; a GPU adds up that of q in a fixed order
+        then, in some percent more time, and refuses gradients of tables.
     return_lse : bool
         Whether to return the log-sum-exp, too.
 
@@ -180,7 +184,7 @@ def attention(
     options = library.write(
         bool(causal), window_sides(window_size), None if softmax_scale is None else float(softmax_scale),
         float(softcap) if softcap > 0 else None, float(dropout_p) if dropout_p > 0 else None, alibi, bias,
-        score, score_table, mask, mask_table, tuple(learned), packed, sinks is not None,
+        score, score_table, mask, mask_table, tuple(learned), packed, sinks is not None, bool(deterministic),
     )  # fmt: skip
     o, lse = library.run(options, q, k, v, extras, max_seqlen_q, max_seqlen_k)
     return (o, lse) if return_lse else o

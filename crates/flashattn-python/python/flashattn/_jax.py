@@ -1,7 +1,7 @@
 """JAX: the two passes as XLA custom calls under a ``custom_vjp``; they work under ``jit``, ``grad`` and ``vmap``.
 
 XLA's FFI rather than ``pure_callback``: XLA's threads call the native code on XLA's own buffers, without Python, the
-GIL or copies, compiled functions can be exported, and on a GPU only tables go through host memory.
+GIL or copies, compiled functions can be exported, and on a GPU only tables, offsets and seeds go through host memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The compiled part; private. Arrays are anything with ``__dlpack__``, or DLPack capsules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
 def forward(
@@ -12,9 +12,9 @@ def forward(
     o: Any,
     lse: Any,
     stream: Optional[int] = None,
-    workspace: Optional[Any] = None,
+    allocate: Optional[Callable[[int], Any]] = None,
+    captured: bool = False,
 ) -> None: ...
-def forward_workspace(options: str, q: Any, k: Any, v: Any, extras: Sequence[Any], o: Any, lse: Any) -> int: ...
 def backward(
     options: str,
     q: Any,
@@ -30,6 +30,8 @@ def backward(
     dv: Any,
     d_extras: Sequence[Any],
     stream: Optional[int] = None,
+    allocate: Optional[Callable[[int], Any]] = None,
+    captured: bool = False,
 ) -> None: ...
 def dropout_mask(seed: int, p: float, out: Any) -> None: ...
 def io_model(

@@ -25,6 +25,7 @@ def write(
     tables: tuple[bool, ...],
     varlen: bool,
     sinks: bool,
+    deterministic: bool,
 ) -> str:
     """The text; ``score`` and ``mask`` are traced operations, their tables numbered from the given ones on."""
     options: dict[str, Any] = {
@@ -40,6 +41,7 @@ def write(
         "tables": tables,
         "varlen": varlen,
         "sinks": sinks,
+        "deterministic": deterministic or None,
     }
     return json.dumps({key: value for key, value in options.items() if value is not None}, separators=(",", ":"))
 

@@ -62,11 +62,23 @@ def _gradients(
     return [_like(x, x.shape[-1]) for x in (q, k, v)], d_extras
 
 
-def _on_device(q: Tensor, extras: list[Tensor]) -> tuple[Optional[int], list[Tensor]]:
-    """The current stream; the extras on the host, where the native part reads them: calls with some wait for them."""
+def _on_device(q: Tensor, extras: list[Tensor]) -> tuple[list[Tensor], dict[str, Any]]:
+    """The extras on the host, where the native part reads them (calls with some wait for them); and where to run: the current
+    stream, with working memory of PyTorch's allocator, which is the graph's own pool while a CUDA graph is captured."""
     if not q.is_cuda:
-        return None, extras
-    return torch.cuda.current_stream(q.device).cuda_stream, [x.cpu() for x in extras]
+        return extras, {}
+    captured = torch.cuda.is_current_stream_capturing()
+    if captured and extras:
+        raise NotImplementedError(
+            "tables, sinks, cu_seqlens and the seed of dropout are read on the host: calls with these cannot be captured into"
+            " a CUDA graph"
+        )
+
+    def allocate(size: int) -> Any:
+        return to_dlpack(torch.empty(size, dtype=torch.uint8, device=q.device))
+
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    return [x.cpu() for x in extras], {"stream": stream, "allocate": allocate, "captured": captured}
 
 
 def _forward(
@@ -74,17 +86,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     o, lse = _outputs(q, v)
     q, k, v = (_unit(x) for x in (q, k, v))
-    stream, extras = _on_device(q, extras)
-    workspace = None
-    if q.is_cuda and torch.cuda.is_current_stream_capturing():
-        # Memory of the graph's own pool: the plan's may be used by other calls while the graph runs.
-        a, b, c = (to_dlpack(x) for x in (q, k, v))
-        tables = [to_dlpack(x) for x in extras]
-        size = _native.forward_workspace(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse))
-        workspace = to_dlpack(torch.empty(size, dtype=torch.uint8, device=q.device))
+    extras, place = _on_device(q, extras)
     a, b, c = (to_dlpack(x) for x in (q, k, v))
     tables = [to_dlpack(x) for x in extras]
-    _native.forward(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse), stream, workspace)
+    _native.forward(options, a, b, c, tables, to_dlpack(o), to_dlpack(lse), **place)
     return o, lse
 
 
@@ -110,7 +115,7 @@ def _backward(
     gradients, d_extras = _gradients(q, k, v, extras, options)
     a, b, c = (to_dlpack(_unit(x)) for x in (q, k, v))
     dq, dk, dv = (to_dlpack(x) for x in gradients)
-    stream, extras = _on_device(q, extras)
+    extras, place = _on_device(q, extras)
     _native.backward(
         options,
         a,
@@ -125,7 +130,7 @@ def _backward(
         dk,
         dv,
         [to_dlpack(x) for x in d_extras],
-        stream,
+        **place,
     )
     return gradients + d_extras
 
@@ -245,9 +250,11 @@ def probabilities(q: Tensor, k: Tensor, seed: Tensor, dropout_p: float, sequence
     from ._attention import attention
 
     batch, seqlen_k, heads_kv = k.shape[:3]
-    unit = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)[None, :, None, :]
+    unit = torch.eye(seqlen_k, dtype=q.dtype, device=q.device)[None, :, None, :].expand(batch, -1, heads_kv, -1)
     with torch.no_grad():
-        weights = attention(q, k, unit.expand(batch, seqlen_k, heads_kv, seqlen_k), **options).transpose(1, 2)
+        # In parts, for the head_dim of v that GPUs take.
+        parts = [attention(q, k, v, **options) for v in unit.split(256, -1)]
+        weights = torch.cat(parts, -1).transpose(1, 2)
     # Dropout counts sequences from the first: leave out those before `sequence`.
     keep = torch.empty((sequence + batch, *weights.shape[1:]), dtype=torch.uint8)
     _native.dropout_mask(int(seed), dropout_p, to_dlpack(keep))

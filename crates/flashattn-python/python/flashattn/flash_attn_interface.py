@@ -35,7 +35,8 @@ _OPTIONS = """
     alibi_slopes : array of float32, ``[heads]`` or ``[batch, heads]``, optional
         Slopes m: scores become ``s − m · |i + seqlen_k − seqlen_q − j|``.
     deterministic : bool
-        Results are the same at each run, and do not depend on the number of threads, whether asked for or not.
+        Whether gradients have the same bits in every run. CPUs give nothing else, whatever the number of threads; a GPU adds
+        up that of q in a fixed order then, in some percent more time, and refuses gradients of ``alibi_slopes``.
     return_attn_probs : bool
         Whether to return the log-sum-exp and, if there is dropout, the attention weights (for tests only), too.
 
@@ -90,13 +91,16 @@ def _run(
     return o, lse, _torch.packed_probabilities(q, k, seed, dropout_p, lengths, **options)
 
 
-def _options(softmax_scale: Any, causal: bool, window_size: Any, softcap: float, alibi_slopes: Any) -> dict:
+def _options(
+    softmax_scale: Any, causal: bool, window_size: Any, softcap: float, alibi_slopes: Any, deterministic: bool
+) -> dict:
     return {
         "softmax_scale": softmax_scale,
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
+        "deterministic": deterministic,
     }
 
 
@@ -124,7 +128,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _run(q, k, v, dropout_p, return_attn_probs, **options)
 
 
@@ -151,7 +155,7 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     k, v = _parts("kv", kv, 2, 5)
     return _run(q, k, v, dropout_p, return_attn_probs, **options)
 
@@ -176,7 +180,7 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     q, k, v = _parts("qkv", qkv, 3, 5)
     return _run(q, k, v, dropout_p, return_attn_probs, **options)
 
@@ -219,7 +223,7 @@ def flash_attn_varlen_func(
 ) -> Any:
     if block_table is not None:
         raise NotImplementedError("flash_attn_varlen_func: block_table (paged KV) is not there yet")
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return _run(q, k, v, dropout_p, return_attn_probs, lengths, **options)
 
@@ -256,7 +260,7 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     k, v = _parts("kv", kv, 2, 4)
     return _run(q, k, v, dropout_p, return_attn_probs, lengths, **options)
@@ -289,7 +293,7 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = _options(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     q, k, v = _parts("qkv", qkv, 3, 4)
     return _run(q, k, v, dropout_p, return_attn_probs, lengths, **options)
