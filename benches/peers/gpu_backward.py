@@ -89,7 +89,8 @@ class Case:
             t[name] = torch.full_like(t[like], float("nan"))
         for name, size in case["workspace"]:
             t[name] = torch.full((size // 4,), float("nan"), device="cuda")
-        self.grids = [case["query_blocks"], min(case["items"], SMS), case["query_blocks"]]
+        after = min(case.get("query_items", 0), SMS) or case["query_blocks"]
+        self.grids = [case["query_blocks"], min(case["items"], SMS), after]
 
     def bind(self, o, lse):
         self.t["O"], self.t["Lse"] = o, lse

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use flashattn_cuda::kernels::{
-    BwdConfig, flash_bwd_sm90, flash_bwd_sm90_postprocess, flash_bwd_sm90_preprocess,
+    BwdConfig, flash_bwd_sm90, flash_bwd_sm90_queries, flash_bwd_sm90_preprocess,
 };
 use flashattn_cuda::plan::{Argument, BackwardPlan, GradStrides, GradTensor, Strides};
 use flashattn_spec::mask::Mask;
@@ -78,7 +78,7 @@ impl Cases {
             "causal": !matches!(mask, Mask::Full), "deterministic": deterministic, "kernel": kernel,
             "arguments": plan.arguments.iter().map(argument).collect::<Vec<_>>(),
             "workspace": plan.workspace.iter().map(|&(t, bytes)| (name(t), bytes)).collect::<Vec<_>>(),
-            "query_blocks": plan.query_blocks, "items": plan.items,
+            "query_blocks": plan.query_blocks, "items": plan.items, "query_items": plan.query_items,
         }));
         Ok(())
     }
@@ -91,14 +91,14 @@ impl Cases {
             let parts = [
                 flash_bwd_sm90_preprocess(&config),
                 flash_bwd_sm90(&config),
-                flash_bwd_sm90_postprocess(&config),
+                flash_bwd_sm90_queries(&config),
             ];
             let mut files = Vec::new();
             for (kernel, part) in parts.iter().zip(["pre", "main", "post"]) {
                 ptx::verify(kernel)?;
                 if self.folder == "report" {
                     let report = ptx::assemble(kernel)?;
-                    println!("{} deterministic {}: {report:?}", kernel.name, config.deterministic);
+                    println!("{}, dQ by itself {}: {report:?}", kernel.name, config.own_dq);
                     continue;
                 }
                 let file = format!("bwd{index}_{part}.ptx");

@@ -95,7 +95,7 @@ fn caller(tensor: GradTensor) -> Option<usize> {
         Sinks => 10,
         DSinks => 11,
         DTable(i) => NAMES.len() + i,
-        DqSums | Stats | SinkSums | Semaphores | Counter | Upload(_) => return None,
+        DqSums | Stats | SinkSums | Counter | Upload(_) => return None,
     })
 }
 
@@ -358,8 +358,8 @@ impl Backward {
             let both = |tensor| [from_caller(tensor, &addresses), place(tensor, &addresses)];
             // SAFETY: as of the kernels: the caller's tensors, and their places in the workspace, which has room for them.
             unsafe { copy(stream, &staged.before, before, both) }?;
-            let main = plan.grid(self.device.properties().multiprocessors);
-            for (module, grid) in modules.iter().zip([plan.query_blocks, main, plan.query_blocks]) {
+            let grids = plan.grids(self.device.properties().multiprocessors);
+            for (module, grid) in modules.iter().zip(grids) {
                 if grid > 0 {
                     // SAFETY: the kernels touch the tensors of the views, whose makers promise that they live and are the
                     // caller's; the workspace and the uploads, which are freed after the stream's work (the driver waits); all

@@ -11,7 +11,7 @@ use ptx::Kernel;
 use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::{
-    BwdConfig, CopyConfig, FwdConfig, copy_rows, flash_bwd_sm90, flash_bwd_sm90_postprocess,
+    BwdConfig, CopyConfig, FwdConfig, copy_rows, flash_bwd_sm90, flash_bwd_sm90_queries,
     flash_bwd_sm90_preprocess, flash_fwd_sm90,
 };
 use crate::module::Module;
@@ -25,8 +25,8 @@ pub enum KernelConfig {
     Preprocess(BwdConfig),
     /// Attention backward.
     Backward(BwdConfig),
-    /// What goes after it.
-    Postprocess(BwdConfig),
+    /// What goes after it: dQ.
+    Queries(BwdConfig),
     /// Rows into another layout.
     Copy(CopyConfig),
 }
@@ -34,7 +34,7 @@ pub enum KernelConfig {
 impl KernelConfig {
     /// The three kernels of a backward pass, in the order of their launches.
     pub fn backward(config: &BwdConfig) -> [KernelConfig; 3] {
-        [KernelConfig::Preprocess, KernelConfig::Backward, KernelConfig::Postprocess]
+        [KernelConfig::Preprocess, KernelConfig::Backward, KernelConfig::Queries]
             .map(|kernel| kernel(config.clone()))
     }
 
@@ -44,7 +44,7 @@ impl KernelConfig {
             KernelConfig::Forward(config) => flash_fwd_sm90(config),
             KernelConfig::Preprocess(config) => flash_bwd_sm90_preprocess(config),
             KernelConfig::Backward(config) => flash_bwd_sm90(config),
-            KernelConfig::Postprocess(config) => flash_bwd_sm90_postprocess(config),
+            KernelConfig::Queries(config) => flash_bwd_sm90_queries(config),
             KernelConfig::Copy(config) => copy_rows(config),
         }
     }

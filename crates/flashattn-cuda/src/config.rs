@@ -68,25 +68,27 @@ pub struct BackwardTiles {
     pub split: Split,
     /// Stages of the Q and of the dO pipeline.
     pub stages: u32,
+    /// Whether dQ has a kernel of its own; that of a deterministic plan always has.
+    pub own_dq: bool,
 }
 
 /// Rows by ascending head dimension, as in [`FORWARD_SM90`]. By counting registers and bytes of shared memory that the
 /// products read; not yet tuned by measurement.
 pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     // The largest square that fits: dK and dV take 64 registers, S and dP 128.
-    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2 },
+    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2, own_dq: false },
     // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ. A third
     // stage would take the place of dQ in shared memory.
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 2 },
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 2, own_dq: false },
     // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
-    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
+    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2, own_dq: true },
 ];
 
 /// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S.
 pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
-    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3 },
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3 },
-    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2 },
+    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3, own_dq: false },
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3, own_dq: false },
+    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2, own_dq: true },
 ];
 
 /// What a kernel has besides the products, the softmax and a band.

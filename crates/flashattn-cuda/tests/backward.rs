@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use emulated::{GRID, copy, failed, refused};
 use flashattn_cuda::kernels::{
-    BwdConfig, flash_bwd_sm90, flash_bwd_sm90_postprocess, flash_bwd_sm90_preprocess,
+    BwdConfig, flash_bwd_sm90, flash_bwd_sm90_queries, flash_bwd_sm90_preprocess,
 };
 use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
 use flashattn_cuda::stage::{GradLayout, Location, StagedBackward};
@@ -36,7 +36,7 @@ struct Emulator {
 }
 
 fn kernels(config: &BwdConfig) -> [Kernel; 3] {
-    [flash_bwd_sm90_preprocess(config), flash_bwd_sm90(config), flash_bwd_sm90_postprocess(config)]
+    [flash_bwd_sm90_preprocess(config), flash_bwd_sm90(config), flash_bwd_sm90_queries(config)]
 }
 
 impl Emulator {
@@ -157,15 +157,13 @@ impl Executor for Emulator {
         }
         let mut hasher = DefaultHasher::new();
         (self.seed, bytemuck::cast_slice::<T, u8>(inputs.q.data())).hash(&mut hasher);
-        let grids = [plan.query_blocks, plan.grid(GRID), plan.query_blocks];
-        for ((i, kernel), grid) in kernels.iter().enumerate().zip(grids).filter(|&(_, grid)| grid > 0) {
+        let grids = plan.grids(GRID);
+        for (kernel, grid) in kernels.iter().zip(grids).filter(|&(_, grid)| grid > 0) {
             let launch = Launch {
                 grid: [grid, 1, 1],
                 args: args.clone(),
                 shared_bytes: kernel.shared_bytes,
                 seed: hasher.finish(),
-                // Blocks of a deterministic plan wait for each other.
-                resident: if self.deterministic && i == 1 { GRID } else { 1 },
                 ..Launch::default()
             };
             emulate(kernel, &mut memory, &launch).map_err(failed)?;

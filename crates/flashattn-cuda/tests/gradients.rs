@@ -185,7 +185,7 @@ fn runs_are_captured_into_graphs() {
         let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
         // SAFETY: the stream lives; global mode, the strictest: anything but launches would fail.
         unsafe {
-            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             sys::cuStreamBeginCapture_v2(handle, mode).result().expect("begins");
             backward.run(&capturing, &args).expect("is captured");
             sys::cuStreamEndCapture(handle, &mut graph).result().expect("ends");

@@ -51,8 +51,6 @@ pub enum GradTensor {
     Stats,
     /// Workspace: parts of the sinks' gradient.
     SinkSums,
-    /// Workspace: turns to add to dQ, of a deterministic plan.
-    Semaphores,
     /// One u32 that is 0 before the launches and after them.
     Counter,
     /// The plan's upload of this index.
@@ -77,9 +75,8 @@ pub struct GradStrides {
 /// A backward pass, ready to be bound to memory and launched, in this order on one stream:
 ///
 /// 1. [`BackwardPlan::zeroed`] is filled with zeros;
-/// 2. if there are [`BackwardPlan::query_blocks`], [`crate::kernels::flash_bwd_sm90_preprocess`] with as many blocks;
-/// 3. if there are [`BackwardPlan::items`], [`crate::kernels::flash_bwd_sm90`] with [`BackwardPlan::grid`] blocks;
-/// 4. if there are query blocks, [`crate::kernels::flash_bwd_sm90_postprocess`] with as many blocks.
+/// 2. [`crate::kernels::flash_bwd_sm90_preprocess`], [`crate::kernels::flash_bwd_sm90`] and
+///    [`crate::kernels::flash_bwd_sm90_queries`] with [`BackwardPlan::grids`] blocks, as far as these are more than none.
 ///
 /// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if the plan is deterministic, or there is one block
 /// of keys only. Gradients of tables are added up in any order.
@@ -95,10 +92,12 @@ pub struct BackwardPlan {
     pub workspace: Vec<(GradTensor, usize)>,
     /// Outputs that are added to.
     pub zeroed: Vec<GradTensor>,
-    /// Blocks of the preprocessing and of the postprocessing kernel.
+    /// Blocks of the preprocessing kernel, and of the one after the main one that takes dQ from its sums.
     pub query_blocks: u32,
     /// Items of work of the main kernel.
     pub items: u32,
+    /// Items of work of the kernel that computes dQ by itself; 0 if there is none.
+    pub query_items: u32,
 }
 
 impl BackwardPlan {
@@ -117,12 +116,13 @@ impl BackwardPlan {
         let reach = band(problem, lowered.mask.is_some());
         let by_blocks = lowered.mask.filter(|_| reach.is_none());
         let mut config = configure(problem, reach, &by_blocks, &lowered.score_mod)?;
-        (config.d_lse, config.deterministic) = (d_lse, deterministic);
+        config.d_lse = d_lse;
+        config.own_dq |= deterministic;
         if deterministic && !config.table_grads.is_empty() {
             let got = "gradients of tables in a fixed order".to_owned();
             return unsupported(Feature::Deterministic, got, "gradients of q, k, v and sinks only");
         }
-        let [query_blocks, items] = count(problem, &config)?;
+        let [query_blocks, items, query_items] = count(problem, &config)?;
         let mut plan = BackwardPlan {
             config,
             arguments: Vec::new(),
@@ -131,6 +131,7 @@ impl BackwardPlan {
             zeroed: Vec::new(),
             query_blocks,
             items,
+            query_items,
         };
         plan.tensors(problem, strides)?;
         plan.memory(problem);
@@ -149,9 +150,10 @@ impl BackwardPlan {
         Ok(plan)
     }
 
-    /// Blocks of the main kernel to launch on a GPU of so many multiprocessors.
-    pub fn grid(&self, multiprocessors: u32) -> u32 {
-        self.items.min(multiprocessors)
+    /// Blocks to launch of the three kernels on a GPU of so many multiprocessors; a kernel of 0 is not launched.
+    pub fn grids(&self, multiprocessors: u32) -> [u32; 3] {
+        let after = if self.config.own_dq { self.query_items.min(multiprocessors) } else { self.query_blocks };
+        [self.query_blocks, self.items.min(multiprocessors), after]
     }
 
     /// Bytes of workspace in all.
@@ -164,9 +166,9 @@ impl BackwardPlan {
     /// # Errors
     /// [`Feature::Address`].
     pub fn check_address(&self, tensor: GradTensor, address: u64) -> Result<(), PlanError> {
-        use GradTensor::{DK, DO, DQ, DV, DqSums, K, O, Q, Semaphores, Stats, V};
+        use GradTensor::{DK, DO, DQ, DV, DqSums, K, O, Q, Stats, V};
         let align = match tensor {
-            Q | K | V | DO | DqSums | Stats | Semaphores => 16,
+            Q | K | V | DO | DqSums | Stats => 16,
             O => BwdConfig::o_bytes(self.config.head_dim_v),
             DQ | DK => BwdConfig::gradient_bytes(self.config.head_dim),
             DV => BwdConfig::gradient_bytes(self.config.head_dim_v),
@@ -249,7 +251,7 @@ impl BackwardPlan {
 
     /// lse, workspace and sinks.
     fn memory(&mut self, problem: &AttentionProblem) {
-        use GradTensor::{Counter, DLse, DSinks, DqSums, Lse, Semaphores, SinkSums, Sinks, Stats};
+        use GradTensor::{Counter, DLse, DSinks, DqSums, Lse, SinkSums, Sinks, Stats};
         self.arguments.push(Argument::Address(Lse));
         if self.config.d_lse {
             self.arguments.push(Argument::Address(DLse));
@@ -257,15 +259,12 @@ impl BackwardPlan {
         let [_, queries, heads, _] = problem.q_shape();
         self.arguments.extend([heads * queries, queries].map(|x| Argument::U64(x as u64)));
         let tiles = tiles(problem, &self.config) * problem.heads_q;
-        self.workspace = vec![
-            (DqSums, tiles * self.config.dq_sum_bytes() as usize),
-            (Stats, tiles * self.config.stats_bytes() as usize),
-        ];
-        self.arguments.extend([DqSums, Stats, Counter].map(Argument::Address));
-        if self.config.deterministic {
-            self.workspace.push((Semaphores, tiles * 4 * BwdConfig::SEMAPHORES as usize));
-            self.arguments.push(Argument::Address(Semaphores));
+        self.workspace = vec![(Stats, tiles * self.config.stats_bytes() as usize)];
+        if !self.config.own_dq {
+            self.workspace.push((DqSums, tiles * self.config.dq_sum_bytes() as usize));
+            self.arguments.push(Argument::Address(DqSums));
         }
+        self.arguments.extend([Stats, Counter].map(Argument::Address));
         if self.config.sinks {
             self.workspace.push((SinkSums, tiles * 4));
             self.arguments.extend([Sinks, DSinks, SinkSums].map(Argument::Address));
@@ -287,11 +286,34 @@ impl BackwardPlan {
         self.arguments.push(Argument::F32(p.scale()));
     }
 
-    /// The blocks of queries of each block of keys, as the kernel's `rows` and `runs`.
+    /// The blocks of queries of each block of keys, as the kernels' `rows` and `runs`; and those of keys of each item of queries, if
+    /// dQ has a kernel of its own.
     fn schedule(&mut self, problem: &AttentionProblem) -> Result<(), PlanError> {
         let (tile_m, tile_n) = (self.config.tile_m as usize, self.config.tile_n() as usize);
-        let schedule = BlockSchedule::new(problem, tile_m, tile_n)?;
         let n_blocks = problem.seqlen_k.div_ceil(tile_n);
+        let columns = BlockSchedule::new(problem, tile_m, tile_n)?;
+        self.lists(problem, &columns, ["rows", "runs"], n_blocks, |batch, head, n_block| {
+            columns.column(batch, head, n_block)
+        })?;
+        if self.config.own_dq {
+            let items = problem.seqlen_q.div_ceil(BwdConfig::QUERIES as usize);
+            let rows = BlockSchedule::new(problem, BwdConfig::QUERIES as usize, tile_n)?;
+            self.lists(problem, &rows, ["query_rows", "query_runs"], items, |batch, head, item| {
+                rows.row(batch, head, item).iter().map(|run| (run.n_blocks(), run.kind)).collect()
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Uploads for each (sequence, head) `many` lists of runs of blocks.
+    fn lists(
+        &mut self,
+        problem: &AttentionProblem,
+        schedule: &BlockSchedule,
+        names: [&str; 2],
+        many: usize,
+        list: impl Fn(usize, usize, usize) -> Vec<(Range<usize>, BlockKind)>,
+    ) -> Result<(), PlanError> {
         let (mut rows, mut runs) = (Vec::new(), Vec::<u32>::new());
         // Sequences and heads that the mask cannot tell apart share their runs, by where their first lies.
         let mut known: HashMap<_, Vec<[u32; 4]>> = HashMap::new();
@@ -299,39 +321,27 @@ impl BackwardPlan {
             let class =
                 (schedule.row(batch, head, 0).as_ptr(), schedule.m_blocks(batch), schedule.n_blocks(batch));
             let of_class = known.entry(class).or_insert_with(|| {
-                let mut ranks = vec![0u32; schedule.m_blocks(batch)];
-                let column = |n_block| {
-                    let column = schedule.column(batch, head, n_block);
-                    let first = runs.len() / 4;
-                    let mut blocks = 0;
-                    for (range, kind) in column {
+                let row = |number| {
+                    let (first, mut blocks) = (runs.len() / 2, 0);
+                    for (range, kind) in list(batch, head, number) {
                         blocks += range.len();
                         let partial = if kind == BlockKind::Partial { 1 << 31 } else { 0 };
-                        let mut push = |range: Range<usize>| {
-                            let rank = ranks[range.start];
-                            runs.extend([range.start as u32 | partial, range.end as u32, rank, 0]);
-                            ranks[range].iter_mut().for_each(|rank| *rank += 1);
-                        };
-                        // Ranks differ from block to block.
-                        match self.config.deterministic {
-                            true => range.for_each(|m_block| push(m_block..m_block + 1)),
-                            false => push(range),
-                        }
+                        runs.extend([range.start as u32 | partial, range.end as u32]);
                     }
-                    [first as u32, (runs.len() / 4 - first) as u32, blocks as u32, 0]
+                    [first as u32, (runs.len() / 2 - first) as u32, blocks as u32, 0]
                 };
-                (0..n_blocks).map(column).collect()
+                (0..many).map(row).collect()
             });
             rows.extend(of_class.iter().flatten());
         }
-        if u32::try_from(runs.len() / 4).is_err() {
+        if u32::try_from(runs.len() / 2).is_err() {
             return unsupported(
                 Feature::Size,
-                format!("{} runs of blocks", runs.len() / 4),
+                format!("{} runs of blocks", runs.len() / 2),
                 "fewer than 2^32",
             );
         }
-        for (name, mut words) in [("rows", rows), ("runs", runs)] {
+        for (name, mut words) in names.into_iter().zip([rows, runs]) {
             // No buffer is empty.
             words.resize(words.len().max(4), 0);
             self.upload(name.to_owned(), Data::Words(words));
@@ -445,7 +455,7 @@ fn configure(
         sinks: p.sinks,
         d_lse: false,
         varlen: p.varlen.is_some(),
-        deterministic: false,
+        own_dq: tiles.own_dq,
     })
 }
 
@@ -459,7 +469,7 @@ fn tiles(p: &AttentionProblem, config: &BwdConfig) -> usize {
 }
 
 /// Blocks of queries of all heads and sequences, and items of keys: 0 if there are none.
-fn count(p: &AttentionProblem, config: &BwdConfig) -> Result<[u32; 2], PlanError> {
+fn count(p: &AttentionProblem, config: &BwdConfig) -> Result<[u32; 3], PlanError> {
     let blocks = |total: usize, longest: usize, tile: u32, heads: usize| {
         let each = if total == 0 { 0 } else { longest.div_ceil(tile as usize) };
         let blocks = each as u128 * heads as u128 * p.batch as u128;
@@ -469,8 +479,10 @@ fn count(p: &AttentionProblem, config: &BwdConfig) -> Result<[u32; 2], PlanError
             _ => unsupported(Feature::Size, format!("{blocks} blocks of {tile} rows"), "fewer than 2^31"),
         }
     };
-    let queries = blocks(p.total_q(), p.seqlen_q, config.tile_m, p.heads_q)?;
-    Ok([queries, blocks(p.total_k(), p.seqlen_k, config.tile_n(), p.heads_kv)?])
+    let queries = |tile: u32| blocks(p.total_q(), p.seqlen_q, tile, p.heads_q);
+    let items = blocks(p.total_k(), p.seqlen_k, config.tile_n(), p.heads_kv)?;
+    let query_items = if config.own_dq { queries(BwdConfig::QUERIES)? } else { 0 };
+    Ok([queries(config.tile_m)?, items, query_items])
 }
 
 /// A stride in bytes, as TMA takes it.
@@ -506,7 +518,7 @@ mod tests {
         let [main, before, after] = [
             crate::kernels::flash_bwd_sm90(&plan.config),
             crate::kernels::flash_bwd_sm90_preprocess(&plan.config),
-            crate::kernels::flash_bwd_sm90_postprocess(&plan.config),
+            crate::kernels::flash_bwd_sm90_queries(&plan.config),
         ];
         assert!(main.params == before.params && main.params == after.params);
         assert_eq!(plan.arguments.len(), main.params.len());
@@ -558,14 +570,15 @@ mod tests {
             if packed {
                 p = p.with_varlen(&[0, n as i32, 2 * n as i32], &[0, n as i32, 2 * n as i32]);
             }
-            plan(&p, false).workspace_bytes()
+            [false, true].map(|deterministic| plan(&p, deterministic).workspace_bytes())
         };
         for d in [64, 128, 256] {
-            // Two sequences of three heads: of each query dQ in f32 and its statistics.
-            assert_eq!(bytes(1024, false, d), 2 * 1024 * 3 * (4 * d + 8));
-            assert_eq!(bytes(4096, false, d), 4 * bytes(1024, false, d));
+            // Two sequences of three heads: of each query its statistics, and dQ in f32 where it is added up.
+            let each = if d == 256 { [8, 8] } else { [4 * d + 8, 8] };
+            assert_eq!(bytes(1024, false, d), each.map(|each| 2 * 1024 * 3 * each));
+            assert_eq!(bytes(4096, false, d), each.map(|each| 2 * 4096 * 3 * each));
             let tile = if d == 64 { 128 } else { 64 };
-            assert_eq!(bytes(1024, true, d), bytes(1024, false, d) + 2 * 3 * tile * (4 * d + 8));
+            assert_eq!(bytes(1024, true, d), each.map(|each| 2 * (1024 + tile) * 3 * each));
         }
     }
 
@@ -582,13 +595,14 @@ mod tests {
         assert_eq!(rows.len(), 4 * 4 * 5);
         assert_eq!(rows[..20], rows[60..]);
         // Keys 64 to 127 are seen by queries 0 to 127 in whole.
-        assert_eq!(runs[4 * rows[4] as usize..][..4], [0, 2, 1, 0]);
-        // In a fixed order each block of queries is a run, with a rank of its own.
-        let ordered = plan(&p, true);
-        let (rows, runs) = (words(&ordered, 0), words(&ordered, 1));
-        let first = 4 * rows[4] as usize;
-        assert_eq!((rows[5], &runs[first..first + 8]), (2, &[0, 1, 1, 0, 1, 2, 1, 0][..]));
-        assert!(ordered.workspace.iter().any(|&(tensor, _)| tensor == GradTensor::Semaphores));
+        assert_eq!(runs[2 * rows[4] as usize..][..2], [0, 2]);
+        // Queries 128 to 255 see keys 128 to 255, blocks 2 and 3, in whole; the last 44 see one block.
+        let deterministic = plan(&p, true);
+        assert_eq!((listed.query_items, deterministic.query_items), (0, 3 * 4));
+        let (rows, runs) = (words(&deterministic, 2), words(&deterministic, 3));
+        assert_eq!(rows.len(), 4 * 4 * 3);
+        assert_eq!(runs[2 * rows[4] as usize..][..2], [2, 4]);
+        assert_eq!(rows[10], 1);
     }
 
     #[test]

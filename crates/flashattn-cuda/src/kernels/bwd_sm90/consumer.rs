@@ -1,7 +1,6 @@
 //! A consumer warpgroup.
 
 use ptx::build::{Address, Builder, Half, Reg};
-use ptx::instr::{Cache, Order};
 use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
 use super::work::{Work, WorkItem};
@@ -25,28 +24,8 @@ pub(super) struct About<'k> {
     pub partial: Reg<'k, bool>,
     /// Query head.
     pub head: Reg<'k, u32>,
-    /// Items before this one that add to its dQ.
-    rank: Reg<'k, u32>,
     /// Number of the tile of queries.
     tile: Reg<'k, u32>,
-}
-
-/// When it is a warp's turn to add its dQ'.
-struct Turn<'k> {
-    semaphore: Address<'k, u64>,
-    index: Reg<'k, u32>,
-    /// How many have been added before.
-    rank: Reg<'k, u32>,
-}
-
-impl<'k> Turn<'k> {
-    /// One thread waits.
-    fn wait(&self, k: &'k Builder) {
-        k.loop_(|| {
-            let [added] = self.semaphore.load_as::<u32, 1>(Order::Acquire, Cache::Default);
-            k.break_if(added.eq(self.rank));
-        });
-    }
 }
 
 /// A consumer warpgroup: its place and its operands.
@@ -100,7 +79,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             ds: fragments(columns / 16),
             dk: Fragment::new(k, config.dk_columns()),
             dv: Fragment::new(k, config.dv_columns()),
-            dq: Fragment::new(k, config.dq_columns()),
+            dq: Fragment::new(k, if config.own_dq { 0 } else { config.dq_columns() }),
         }
     }
 
@@ -113,12 +92,14 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let state = shared.q_pipeline.start(k);
         let block = Block { stage: k.var(0u32) };
         let products = || {
-            k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
+            self.sync_scores(&block);
             k.wgmma_fence();
             if self.config.split == Split::Columns {
                 self.d_values(&block);
             }
-            self.d_queries(&block);
+            if !self.config.own_dq {
+                self.d_queries(&block);
+            }
             k.wgmma_commit();
             self.d_keys(&block);
             k.wgmma_commit();
@@ -133,9 +114,6 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.pack_and_issue_values(&block);
             }
         };
-        if self.config.deterministic {
-            k.when(self.lane.eq(0), || self.adding().store_vec([k.var(0u32); 2]));
-        }
         k.loop_(|| {
             shared.item_pipeline.consumer_wait(k, self.item);
             let item = self.item();
@@ -213,7 +191,23 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.store(&self.p, shared.p + at);
         }
         k.fence_proxy_async();
-        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+        if !self.keeps_scores() {
+            k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+        }
+    }
+
+    /// Whether no product of a warpgroup needs the other's dS.
+    fn keeps_scores(&self) -> bool {
+        self.config.own_dq && self.config.split == Split::Keys
+    }
+
+    /// Waits for the dS that the products need.
+    fn sync_scores(&self, block: &Block<'k>) {
+        if self.keeps_scores() {
+            self.k.bar_sync(self.group + SCORES, 128);
+        } else {
+            self.k.bar_sync(self.scores_barrier(block, self.group), 128 * CONSUMERS);
+        }
     }
 
     /// The barrier at which warpgroup `group` waits for the other's dS.
@@ -236,8 +230,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// What the producer told of a block.
     pub fn about(&self, block: &Block<'k>) -> About<'k> {
-        let [m_block, head, rank, tile] = (self.shared.block + block.stage * 16).load_vec::<u32, 4>();
-        About { m_block: m_block & 0x7fff_ffff, partial: m_block.ge(0x8000_0000), head, rank, tile }
+        let [m_block, head, tile, _] = (self.shared.block + block.stage * 16).load_vec::<u32, 4>();
+        About { m_block: m_block & 0x7fff_ffff, partial: m_block.ge(0x8000_0000), head, tile }
     }
 
     /// The item at hand.
@@ -363,21 +357,16 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         self.product(&self.dq, a, b, [true, true], steps, true);
     }
 
-    /// Adds the warp's dQ' to the sums in global memory.
+    /// Adds the warp's dQ' to the sums in global memory, if that is where it goes.
     fn add_dq(&self, block: &Block<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
-        let About { tile, rank, .. } = self.about(block);
+        let Some(sums) = self.params.dq_sums else { return };
         let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
         let (bytes, warp) = (config.dq_warp_bytes(), (k.tid(0) >> 5) & 3);
-        let part = part * 4 + warp;
-        let to = tile.mad_wide(config.dq_sum_bytes(), self.params.dq_sums) + (part * bytes).to_u64();
+        let tile = self.about(block).tile.mad_wide(config.dq_sum_bytes(), sums);
+        let to = tile + ((part * 4 + warp) * bytes).to_u64();
         let (lane_16, one) = (self.lane * 16, self.lane.eq(0));
         let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
-        let turn = self.params.semaphores.map(|semaphores| {
-            let index = tile * BwdConfig::SEMAPHORES + part;
-            let rank = if config.dq_part() == DqPart::Keys { rank * CONSUMERS + self.group } else { rank };
-            Turn { semaphore: index.mad_wide(4, semaphores).address(), index, rank }
-        });
         if config.dq_staged() {
             let from = shared.dq + (self.group * 4 + warp) * bytes;
             self.finish_adding();
@@ -386,56 +375,19 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.fence_proxy_async();
             k.sync_warp();
             k.if_(one, || {
-                if let Some(turn) = &turn {
-                    turn.wait(k);
-                    k.fence_proxy_async_global();
-                    self.adding().store_vec([turn.index, turn.rank + 1]);
-                }
                 k.bulk_reduce_add_f32(to.address(), from, bytes);
                 k.bulk_commit();
             });
-            // The other warpgroup comes next, and this one's next block waits for it.
-            if turn.is_some() && config.dq_part() == DqPart::Keys {
-                self.finish_adding();
-            }
         } else {
-            if let Some(turn) = &turn {
-                k.if_(one, || turn.wait(k));
-                k.sync_warp();
-            }
             let to = (to + lane_16.to_u64()).address();
             fours.for_each(|(j, four)| to.at(32 * 16 * j as i32).red_add_vec(*four));
-            if let Some(turn) = &turn {
-                k.fence_acq_rel();
-                k.sync_warp();
-                k.when(one, || turn.semaphore.store_as([turn.rank + 1], Order::Release));
-            }
         }
     }
 
-    /// Where the warp keeps which semaphore it has to set to what.
-    fn adding(&self) -> Address<'k, u32> {
-        self.shared.adding + ((self.k.tid(0) >> 5) - 4) * 8
-    }
-
-    /// Waits for the reduction of the block before, if it is on its way, to let go of shared memory; or, if others wait for
-    /// it, to be done, and tells them.
+    /// Waits for the reduction of the block before, if it is on its way, to let go of shared memory.
     fn finish_adding(&self) {
-        let (k, one) = (self.k, self.lane.eq(0));
-        if !self.config.dq_staged() {
-            return;
+        if self.config.dq_staged() {
+            self.k.when(self.lane.eq(0), || self.k.bulk_wait(0, true));
         }
-        let Some(semaphores) = self.params.semaphores else {
-            return k.when(one, || k.bulk_wait(0, true));
-        };
-        k.if_(one, || {
-            let [index, added] = self.adding().load_vec::<u32, 2>();
-            k.if_(added.ne(0), || {
-                k.bulk_wait(0, false);
-                k.fence_acq_rel();
-                index.mad_wide(4, semaphores).address().store_as([added], Order::Release);
-                self.adding().at(4).store(k.var(0u32));
-            });
-        });
     }
 }

@@ -36,6 +36,7 @@ mod exact;
 mod output;
 mod postprocess;
 mod preprocess;
+mod queries;
 mod work;
 
 use flashattn_spec::expr::Program;
@@ -107,8 +108,8 @@ pub struct BwdConfig {
     pub varlen: bool,
     /// Whether rows of gradients that are not finite are computed again from what they depend on alone.
     pub repair: bool,
-    /// Whether dQ is added up in a fixed order.
-    pub deterministic: bool,
+    /// Whether dQ has a kernel of its own, instead of being added up across blocks of keys.
+    pub own_dq: bool,
 }
 
 impl BwdConfig {
@@ -195,7 +196,7 @@ impl BwdConfig {
         if self.dq_part() == DqPart::Keys { 1 } else { CONSUMERS }
     }
 
-    /// Bytes of dQ' of a (sequence, head, m_block).
+    /// Bytes of dQ' of a (sequence, head, m_block), if it is added up.
     pub fn dq_sum_bytes(&self) -> u32 {
         self.dq_parts() * 64 * self.dq_columns() * 4
     }
@@ -215,16 +216,17 @@ impl BwdConfig {
     /// Whether dQ' goes to global memory through shared memory: where there is room for it.
     fn dq_staged(&self) -> bool {
         // Barriers, numbers, and what is lost to alignment are less than 2 KiB.
-        self.tile_bytes() + 4 * CONSUMERS * self.dq_warp_bytes() + 2048 <= Target::Sm90a.shared_limit()
+        !self.own_dq
+            && self.tile_bytes() + 4 * CONSUMERS * self.dq_warp_bytes() + 2048 <= Target::Sm90a.shared_limit()
     }
+
+    /// Queries of an item of the kernel that computes dQ by itself.
+    pub const QUERIES: u32 = 64 * CONSUMERS;
 
     /// Bytes of the stats of a (sequence, head, m_block): −lse in base 2 of its rows, then their D.
     pub const fn stats_bytes(&self) -> u32 {
         2 * 4 * self.tile_m
     }
-
-    /// Semaphores of a (sequence, head, m_block): for each warp's part of dQ', how many have been added to it.
-    pub(crate) const SEMAPHORES: u32 = 4 * CONSUMERS;
 
     /// Bytes that the address and strides of o, with rows of so many elements, are multiples of.
     pub(crate) const fn o_bytes(dim: u32) -> u32 {
@@ -279,13 +281,11 @@ struct Params<'k> {
     pub lse_strides: [Reg<'k, u64>; 2],
     /// dQ', in tiles of [`BwdConfig::dq_sum_bytes`] by (head, tile): for each warpgroup with a part of its own and each of its
     /// warps the fragment, four registers of each lane at a time.
-    pub dq_sums: Reg<'k, u64>,
+    pub dq_sums: Option<Reg<'k, u64>>,
     /// In tiles of [`BwdConfig::stats_bytes`].
     pub stats: Reg<'k, u64>,
     /// One u32, zero before the launch and after it.
     pub counter: Reg<'k, u64>,
-    /// [`BwdConfig::SEMAPHORES`] u32 a tile.
-    pub semaphores: Option<Reg<'k, u64>>,
     /// Logits and their gradient, f32 by query head; f32 by tile.
     pub sinks: Option<[Reg<'k, u64>; 3]>,
     /// Lengths; the longest, if packed.
@@ -302,9 +302,11 @@ struct Params<'k> {
     pub scale: Reg<'k, f32>,
     /// Reach of the band to the left and right.
     pub band: [Option<Reg<'k, i32>>; 2],
-    /// For each (sequence, head, n_block) four u32: first run, runs, blocks, 0; and the runs as four u32 each: first m_block
-    /// (bit 31: seen in part), one past the last, how many n_blocks before this one the first is seen by, 0.
+    /// For each (sequence, head, n_block) four u32: first run, runs, blocks, 0; and the runs as two u32 each: first m_block
+    /// (bit 31: seen in part), one past the last.
     pub rows: Option<[Reg<'k, u64>; 2]>,
+    /// The same for each (sequence, head, item of [`queries`]), of n_blocks; if dQ has a kernel of its own.
+    pub query_rows: Option<[Reg<'k, u64>; 2]>,
     pub mask_tables: Vec<TableArgs<'k>>,
     pub score_tables: Vec<TableArgs<'k>>,
     /// Where table gradients are added, in the config's order.
@@ -333,8 +335,8 @@ impl<'k> Params<'k> {
         let lse = pointer("lse");
         let d_lse = config.d_lse.then(|| pointer("d_lse"));
         let lse_strides = ["lse_batch", "lse_head"].map(pointer);
-        let [dq_sums, stats, counter] = ["dq_sums", "stats", "counter"].map(pointer);
-        let semaphores = config.deterministic.then(|| pointer("semaphores"));
+        let dq_sums = (!config.own_dq).then(|| pointer("dq_sums"));
+        let [stats, counter] = ["stats", "counter"].map(pointer);
         let sinks = config.sinks.then(|| ["sinks", "d_sinks", "sink_sums"].map(pointer));
         let names = ["seqlen_q", "seqlen_k", "heads_q", "heads_kv", "batch", "head_group", "tiles"];
         let [seqlen_q, seqlen_k, heads_q, heads_kv, batch, head_group, tiles] =
@@ -346,7 +348,9 @@ impl<'k> Params<'k> {
             }
             MaskKind::Blocks => [None, None],
         };
-        let rows = (config.mask == MaskKind::Blocks).then(|| ["rows", "runs"].map(pointer));
+        let blocks = config.mask == MaskKind::Blocks;
+        let rows = blocks.then(|| ["rows", "runs"].map(pointer));
+        let query_rows = (blocks && config.own_dq).then(|| ["query_rows", "query_runs"].map(pointer));
         let mask_tables = tables(k, "mask", &config.mask_program);
         let score_tables = tables(k, "score", &config.score_mod);
         // Of one table several elements may be read.
@@ -380,7 +384,6 @@ impl<'k> Params<'k> {
             dq_sums,
             stats,
             counter,
-            semaphores,
             sinks,
             seqlen_q,
             seqlen_k,
@@ -392,6 +395,7 @@ impl<'k> Params<'k> {
             scale,
             band,
             rows,
+            query_rows,
             mask_tables,
             score_tables,
             table_grads,
@@ -423,15 +427,13 @@ struct Shared<'k> {
     /// [`Split::Columns`].
     pub ds: Address<'k, u32>,
     pub p: Address<'k, u32>,
-    /// dQ' by warp, if it is staged; and, in deterministic mode, which semaphore a warp has to set to what when its
-    /// reduction is done (0: none).
+    /// dQ' by warp, if it is staged.
     pub dq: Address<'k, u32>,
-    pub adding: Address<'k, u32>,
     /// Stats by stage of Q.
     pub stats: Address<'k, u32>,
     /// The item at hand and the next.
     pub item: Address<'k, u32>,
-    /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, how many add to its dQ before, tile.
+    /// For each stage of Q which block it is: m_block (bit 31: seen in part), query head, tile, 0.
     pub block: Address<'k, u32>,
     /// Told ahead of K, so that V and dO come at the same time.
     pub item_pipeline: Pipeline<'k>,
@@ -457,7 +459,6 @@ impl<'k> Shared<'k> {
             ds: k.shared("ds", stages * scores, align),
             p: k.shared("p", if config.split == Split::Columns { stages * scores } else { 0 }, align),
             dq: k.shared("dq", dq_bytes, 128),
-            adding: k.shared("adding", if config.deterministic { 8 * warps } else { 0 }, 8),
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
             item: k.shared("item", 2 * Self::ITEM_BYTES, 16),
             block: k.shared("block", 16 * stages, 16),
@@ -486,11 +487,14 @@ pub fn flash_bwd_sm90_preprocess(config: &BwdConfig) -> Kernel {
     }
 }
 
-/// The kernel after it: dQ. Grid: a block for each (m_block, head, sequence).
-pub fn flash_bwd_sm90_postprocess(config: &BwdConfig) -> Kernel {
-    match config.element {
-        Element::F16 => postprocess::emit::<F16x2>(config),
-        _ => postprocess::emit::<BF16x2>(config),
+/// The kernel after it: dQ, from its sums or by itself. Grid: a block for each (m_block, head, sequence); or as many blocks as run
+/// at once.
+pub fn flash_bwd_sm90_queries(config: &BwdConfig) -> Kernel {
+    match (config.element, config.own_dq) {
+        (Element::F16, true) => queries::emit::<F16x2>(config),
+        (Element::F16, false) => postprocess::emit::<F16x2>(config),
+        (_, true) => queries::emit::<BF16x2>(config),
+        (_, false) => postprocess::emit::<BF16x2>(config),
     }
 }
 

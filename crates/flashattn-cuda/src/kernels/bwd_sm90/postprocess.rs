@@ -11,6 +11,7 @@ use super::{BwdConfig, DqPart, Params};
 pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
     build(&config.name("_postprocess"), Target::Sm90, 128 * config.dq_parts(), |k| {
         let params = Params::new(k, config);
+        let Some(sums) = params.dq_sums else { return };
         let work = Work::new(k, config, &params);
         let place = work.query_block();
         let sequence = work.sequence(place.batch);
@@ -21,7 +22,7 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             let fragment = Fragment::new(k, config.dq_columns());
             // A warp's part, then a lane's four registers at a time.
             let part = k.warp() * config.dq_warp_bytes() + k.lane() * 16;
-            let at = (tile.mad_wide(config.dq_sum_bytes(), params.dq_sums) + part.to_u64()).address();
+            let at = (tile.mad_wide(config.dq_sum_bytes(), sums) + part.to_u64()).address();
             for (j, four) in fragment.registers.as_chunks::<4>().0.iter().enumerate() {
                 let values = at.at(32 * 16 * j as i32).load_vec::<f32, 4>();
                 four.iter().zip(values).for_each(|(to, value)| to.set(value));
@@ -54,7 +55,7 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
 }
 
 /// The gradient of a head's sink: its tiles' sums, in an order that is always the same. By one warp.
-fn sum_sinks<'k>(work: &Work<'_, 'k>, head: Reg<'k, u32>, d_sinks: Reg<'k, u64>, sums: Reg<'k, u64>) {
+pub(super) fn sum_sinks<'k>(work: &Work<'_, 'k>, head: Reg<'k, u32>, d_sinks: Reg<'k, u64>, sums: Reg<'k, u64>) {
     let (k, params, lane) = (work.k, work.params, work.k.lane());
     let sum = k.var(0.0f32);
     k.for_(0u32, params.batch, 1u32, |batch| {

@@ -58,26 +58,23 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
         // Of a sequence shorter than the longest some blocks have no rows.
         k.if_(first.lt(sequence.seqlen_q), || {
             // Before the loads, in whose shadow they are written.
-            tile.zeros();
+            if let Some(sums) = params.dq_sums {
+                tile.zeros(sums);
+            }
             tile.stats::<H>();
         });
     })
 }
 
 impl<'k> Tile<'_, 'k> {
-    /// Zeros to add dQ to, and what its order is counted by.
-    fn zeros(&self) {
-        let Work { k, config, params } = *self.work;
+    /// Zeros to add dQ to.
+    fn zeros(&self, sums: Reg<'k, u64>) {
+        let Work { k, config, .. } = *self.work;
         let (zero, bytes) = (k.var(0.0f32), config.dq_sum_bytes());
-        let at = self.tile.mad_wide(bytes, params.dq_sums) + (k.tid(0) * 16).to_u64();
+        let at = self.tile.mad_wide(bytes, sums) + (k.tid(0) * 16).to_u64();
         // A multiple of what all threads store at once: 64 rows of at least 16 columns.
         for i in (0..bytes).step_by(16 * THREADS as usize) {
             at.address().at(i as i32).store_vec([zero; 4]);
-        }
-        if let Some(semaphores) = params.semaphores {
-            let zero = k.var(0u32);
-            let at = (self.tile * BwdConfig::SEMAPHORES + k.tid(0)).mad_wide(4, semaphores).address();
-            k.when(k.tid(0).lt(BwdConfig::SEMAPHORES), || at.store(zero));
         }
     }
 

@@ -43,8 +43,6 @@ struct Block<'k> {
     head: Reg<'k, u32>,
     /// Bit 31: some row sees a part of the keys only.
     partial: Reg<'k, u32>,
-    /// Items before this one that add to the block's dQ.
-    rank: Reg<'k, u32>,
 }
 
 /// A block of queries of a head.
@@ -196,7 +194,7 @@ impl<'a, 'k> Work<'a, 'k> {
             Some([_, runs]) => self.each_head(item, |head| {
                 let [first, count] = self.row(item, head).load_vec::<u32, 2>();
                 k.for_(first, first + count, 1u32, |run| {
-                    let [begin, end, rank, _] = run.mad_wide(16, runs).address().load_vec::<u32, 4>();
+                    let [begin, end] = run.mad_wide(8, runs).address().load_vec::<u32, 2>();
                     let (partial, keys) = (begin & 0x8000_0000, item.n_block * self.config.tile_n());
                     let ragged = (keys + self.config.tile_n()).gt(item.sequence.seqlen_k);
                     k.for_(begin & 0x7fff_ffff, end, 1u32, |m_block| {
@@ -204,7 +202,7 @@ impl<'a, 'k> Work<'a, 'k> {
                         let end = m_block * self.config.tile_m + self.config.tile_m;
                         let ragged = ragged | end.gt(item.sequence.seqlen_q);
                         let partial = partial | ragged.select(0x8000_0000u32, 0u32);
-                        body(Block { m_block, head, partial, rank })
+                        body(Block { m_block, head, partial })
                     });
                 });
             }),
@@ -219,15 +217,13 @@ impl<'a, 'k> Work<'a, 'k> {
         let (row, key) = (m_block * tile_m, item.n_block * tile_n);
         let diagonal = signed(row + seqlen_k - seqlen_q);
         let mut partial = (row + tile_m).gt(seqlen_q) | (key + tile_n).gt(seqlen_k);
-        let mut rank = item.n_block;
         if let Some(right) = self.params.band[1] {
             partial = partial | (diagonal + right.min(1 << 30)).lt(signed(key + (tile_n - 1)));
         }
         if let Some(left) = self.params.band[0] {
             partial = partial | (diagonal + (tile_m as i32 - 1) - left).gt(signed(key));
-            rank = rank - (diagonal - left).max(0).bits::<u32>() / tile_n;
         }
-        Block { m_block, head, partial: partial.select(0x8000_0000u32, 0u32), rank }
+        Block { m_block, head, partial: partial.select(0x8000_0000u32, 0u32) }
     }
 
     /// Tells the consumers and the other producer.
@@ -316,7 +312,7 @@ impl<'a, 'k> Work<'a, 'k> {
                         Loads::Gradients => full.arrive_expect_tx(k, stage_layout.bytes()),
                         Loads::Queries => {
                             let tile = self.tile(&item.sequence, block.head, block.m_block);
-                            let about = [block.m_block | block.partial, block.head, block.rank, tile];
+                            let about = [block.m_block | block.partial, block.head, tile, k.var(0u32)];
                             (shared.block + state.index * 16).store_vec(about);
                             full.arrive_expect_tx(k, stage_layout.bytes() + stats_bytes);
                             let to = shared.stats + state.index * stats_bytes;
@@ -340,7 +336,7 @@ impl<'a, 'k> Work<'a, 'k> {
     }
 
     /// Asks for all panels of a tile.
-    fn panels(
+    pub fn panels(
         &self,
         layout: TileLayout,
         to: Address<'k, u32>,
@@ -354,7 +350,7 @@ impl<'a, 'k> Work<'a, 'k> {
     }
 
     /// Runs `body` for each panel of a tile with its box.
-    fn each_panel(&self, layout: TileLayout, at: [Reg<'k, u32>; 3], body: impl Fn(u32, &[Reg<'k, i32>; 4])) {
+    pub fn each_panel(&self, layout: TileLayout, at: [Reg<'k, u32>; 3], body: impl Fn(u32, &[Reg<'k, i32>; 4])) {
         let [row, head, batch] = at.map(|r| r.bits::<i32>());
         for panel in 0..layout.panels() {
             let column = self.k.var((panel * layout.panel_columns()) as i32);
