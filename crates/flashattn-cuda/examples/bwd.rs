@@ -5,9 +5,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use flashattn_cuda::kernels::{
-    BwdConfig, flash_bwd_sm90, flash_bwd_sm90_queries, flash_bwd_sm90_preprocess,
-};
+use flashattn_cuda::kernels::{BwdConfig, flash_bwd_sm90, flash_bwd_sm90_preprocess, flash_bwd_sm90_queries};
 use flashattn_cuda::plan::{Argument, BackwardPlan, GradStrides, GradTensor, Strides};
 use flashattn_spec::mask::Mask;
 use flashattn_spec::tensor::contiguous_strides;

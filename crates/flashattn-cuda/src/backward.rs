@@ -134,9 +134,10 @@ fn modules(device: &Device, plan: &StagedBackward) -> Result<Option<[Arc<Module>
 impl Backward {
     /// Plans a problem for a GPU and compiles its kernels, unless the process has them already.
     ///
-    /// dk, dv and the sinks' gradient are bit-identical over runs in any case. dq is if there are at most as many keys as a block
-    /// has, or if the plan is `deterministic`: blocks of keys then add to it in turn, for some percent of the time. Gradients of
-    /// tables are added up in any order, and refused by deterministic plans.
+    /// dk, dv and the sinks' gradient are bit-identical over runs in any case. dq is if a head dimension is above 128, if there are
+    /// at most as many keys as a block has, or if the plan is `deterministic`: then no blocks add to it, but a kernel of its own
+    /// computes the scores again, which takes more time and less memory. Gradients of tables are added up in any order, and refused
+    /// by deterministic plans.
     ///
     /// # Errors
     /// What is wrong with the problem; [`Error::Plan`] for what the kernels do not take, [`Error::Target`] for a GPU that they

@@ -11,8 +11,8 @@ use ptx::Kernel;
 use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::{
-    BwdConfig, CopyConfig, FwdConfig, copy_rows, flash_bwd_sm90, flash_bwd_sm90_queries,
-    flash_bwd_sm90_preprocess, flash_fwd_sm90,
+    BwdConfig, CopyConfig, FwdConfig, copy_rows, flash_bwd_sm90, flash_bwd_sm90_preprocess,
+    flash_bwd_sm90_queries, flash_fwd_sm90,
 };
 use crate::module::Module;
 

@@ -10,9 +10,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
 use emulated::{GRID, copy, failed, refused};
-use flashattn_cuda::kernels::{
-    BwdConfig, flash_bwd_sm90, flash_bwd_sm90_queries, flash_bwd_sm90_preprocess,
-};
+use flashattn_cuda::kernels::{BwdConfig, flash_bwd_sm90, flash_bwd_sm90_preprocess, flash_bwd_sm90_queries};
 use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
 use flashattn_cuda::stage::{GradLayout, Location, StagedBackward};
 use flashattn_spec::reference;

@@ -166,8 +166,8 @@ impl Attention {
     }
 
     /// Sets whether gradients have the same bits in every run. On the CPU all results have anyway, and so have, on a GPU, all but
-    /// the gradients of q and of tables: blocks of keys then add to that of q in a fixed order, which takes some percent more
-    /// time. Gradients of tables are refused then.
+    /// the gradients of q and of tables: that of q then has a kernel of its own (as it has above head_dim 128 in any case), which
+    /// takes more time and less memory. Gradients of tables are refused then.
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.deterministic = deterministic;
         self

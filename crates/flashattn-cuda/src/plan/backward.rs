@@ -78,8 +78,8 @@ pub struct GradStrides {
 /// 2. [`crate::kernels::flash_bwd_sm90_preprocess`], [`crate::kernels::flash_bwd_sm90`] and
 ///    [`crate::kernels::flash_bwd_sm90_queries`] with [`BackwardPlan::grids`] blocks, as far as these are more than none.
 ///
-/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if the plan is deterministic, or there is one block
-/// of keys only. Gradients of tables are added up in any order.
+/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if it has a kernel of its own, as in a deterministic plan, or
+/// if there is one block of keys only. Gradients of tables are added up in any order.
 #[derive(Clone, Debug)]
 pub struct BackwardPlan {
     /// The kernels' config.
@@ -152,7 +152,8 @@ impl BackwardPlan {
 
     /// Blocks to launch of the three kernels on a GPU of so many multiprocessors; a kernel of 0 is not launched.
     pub fn grids(&self, multiprocessors: u32) -> [u32; 3] {
-        let after = if self.config.own_dq { self.query_items.min(multiprocessors) } else { self.query_blocks };
+        let after =
+            if self.config.own_dq { self.query_items.min(multiprocessors) } else { self.query_blocks };
         [self.query_blocks, self.items.min(multiprocessors), after]
     }
 

@@ -92,7 +92,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let state = shared.q_pipeline.start(k);
         let block = Block { stage: k.var(0u32) };
         let products = || {
-            self.sync_scores(&block);
+            if !self.keeps_scores() {
+                k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
+            }
             k.wgmma_fence();
             if self.config.split == Split::Columns {
                 self.d_values(&block);
@@ -185,29 +187,21 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_wait(0);
             self.d_scores(block);
         }
+        if self.keeps_scores() {
+            return;
+        }
         self.store(&self.ds, shared.ds + at);
         if config.split == Split::Columns {
             self.pack(&self.s, &self.p);
             self.store(&self.p, shared.p + at);
         }
         k.fence_proxy_async();
-        if !self.keeps_scores() {
-            k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
-        }
+        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
     }
 
-    /// Whether no product of a warpgroup needs the other's dS.
+    /// Whether no product of a warpgroup needs the other's dS, so that it stays in registers.
     fn keeps_scores(&self) -> bool {
         self.config.own_dq && self.config.split == Split::Keys
-    }
-
-    /// Waits for the dS that the products need.
-    fn sync_scores(&self, block: &Block<'k>) {
-        if self.keeps_scores() {
-            self.k.bar_sync(self.group + SCORES, 128);
-        } else {
-            self.k.bar_sync(self.scores_barrier(block, self.group), 128 * CONSUMERS);
-        }
     }
 
     /// The barrier at which warpgroup `group` waits for the other's dS.
@@ -310,7 +304,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     ) {
         let (k, config) = (self.k, self.config);
         match config.split {
-            Split::Keys if std::ptr::eq(d, &self.dk) => {
+            Split::Keys if std::ptr::eq(d, &self.dk) && !self.keeps_scores() => {
                 let (a, b) = (config.scores().k_major(self.own_rows(tile)), rows.1.mn_major(rows.0));
                 self.product(d, a, b, [false, true], config.tile_m / 16, false);
             }
@@ -367,26 +361,21 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let to = tile + ((part * 4 + warp) * bytes).to_u64();
         let (lane_16, one) = (self.lane * 16, self.lane.eq(0));
         let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
-        if config.dq_staged() {
-            let from = shared.dq + (self.group * 4 + warp) * bytes;
-            self.finish_adding();
-            k.sync_warp();
-            fours.for_each(|(j, four)| (from + lane_16).at(32 * 16 * j as i32).store_vec(*four));
-            k.fence_proxy_async();
-            k.sync_warp();
-            k.if_(one, || {
-                k.bulk_reduce_add_f32(to.address(), from, bytes);
-                k.bulk_commit();
-            });
-        } else {
-            let to = (to + lane_16.to_u64()).address();
-            fours.for_each(|(j, four)| to.at(32 * 16 * j as i32).red_add_vec(*four));
-        }
+        let from = shared.dq + (self.group * 4 + warp) * bytes;
+        self.finish_adding();
+        k.sync_warp();
+        fours.for_each(|(j, four)| (from + lane_16).at(32 * 16 * j as i32).store_vec(*four));
+        k.fence_proxy_async();
+        k.sync_warp();
+        k.if_(one, || {
+            k.bulk_reduce_add_f32(to.address(), from, bytes);
+            k.bulk_commit();
+        });
     }
 
     /// Waits for the reduction of the block before, if it is on its way, to let go of shared memory.
     fn finish_adding(&self) {
-        if self.config.dq_staged() {
+        if !self.config.own_dq {
             self.k.when(self.lane.eq(0), || self.k.bulk_wait(0, true));
         }
     }

@@ -5,8 +5,8 @@
 //! preprocess, a block for each (m_block, head, batch):
 //!     stats = −lse·log2(e) and D = rowsum(dO ∘ O) − dlse;  dQ' = 0;  a sum for the sink's gradient
 //! main, as many blocks as multiprocessors; each takes items (n_block, KV head, batch) from a counter:
-//!   producer (one thread):  K, V; then for each query head of the group, for each m_block that sees the keys:
-//!                           Q with its stats, and dO, each into stages of its own
+//!   producers (two threads):  K, V; then for each query head of the group, for each m_block that sees the keys:
+//!                             Q with its stats, and dO, each into stages of its own
 //!   consumers (two warpgroups), for each of these:
 //!       Sᵀ = K·Qᵀ                               (issued while the m_block before was at its dQ and dK)
 //!       dPᵀ = V·dOᵀ;  Pᵀ = exp2(scale·Sᵀ − lse) meanwhile
@@ -16,13 +16,14 @@
 //! postprocess, a block for each (m_block, head, batch):  dQ = scale·dQ'
 //! ```
 //!
+//! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. It is as fast at
+//! head_dim 256 and gives the same bits in every run.
+//!
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
 //!    warpgroups wait for each other's dS.
 //! 2. *Each warp adds its own 16 rows of dQ'* by one bulk reduction from shared memory: its layout is our own, that of the
-//!    accumulator's fragments, so that no warp waits for another. Where shared memory has no room for it
-//!    ([`BwdConfig::dq_staged`]), by reductions of 16 bytes a thread from registers, which take a quarter of the kernel's
-//!    time at head_dim 64.
+//!    accumulator's fragments, so that no warp waits for another.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
 //!    deterministic.
 //! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
@@ -108,7 +109,7 @@ pub struct BwdConfig {
     pub varlen: bool,
     /// Whether rows of gradients that are not finite are computed again from what they depend on alone.
     pub repair: bool,
-    /// Whether dQ has a kernel of its own, instead of being added up across blocks of keys.
+    /// Whether dQ has a kernel of its own, instead of being added up across blocks of keys in any order.
     pub own_dq: bool,
 }
 
@@ -204,20 +205,6 @@ impl BwdConfig {
     /// Bytes of a warp's dQ'.
     fn dq_warp_bytes(&self) -> u32 {
         16 * self.dq_columns() * 4
-    }
-
-    /// Bytes of the main kernel's tiles of 16-bit elements in shared memory.
-    fn tile_bytes(&self) -> u32 {
-        let scores = self.scores().bytes() * if self.split == Split::Columns { 2 } else { 1 };
-        let stage = self.q().bytes() + self.d_o().bytes() + scores + self.stats_bytes();
-        self.k().bytes() + self.v().bytes() + self.stages * stage
-    }
-
-    /// Whether dQ' goes to global memory through shared memory: where there is room for it.
-    fn dq_staged(&self) -> bool {
-        // Barriers, numbers, and what is lost to alignment are less than 2 KiB.
-        !self.own_dq
-            && self.tile_bytes() + 4 * CONSUMERS * self.dq_warp_bytes() + 2048 <= Target::Sm90a.shared_limit()
     }
 
     /// Queries of an item of the kernel that computes dQ by itself.
@@ -427,7 +414,7 @@ struct Shared<'k> {
     /// [`Split::Columns`].
     pub ds: Address<'k, u32>,
     pub p: Address<'k, u32>,
-    /// dQ' by warp, if it is staged.
+    /// dQ' by warp, if it is added up.
     pub dq: Address<'k, u32>,
     /// Stats by stage of Q.
     pub stats: Address<'k, u32>,
@@ -450,7 +437,7 @@ impl<'k> Shared<'k> {
     fn new(k: &'k Builder, config: &BwdConfig) -> Self {
         let (align, warps, stages) = (TileLayout::ALIGN, 4 * CONSUMERS, config.stages);
         let scores = config.scores().bytes();
-        let dq_bytes = if config.dq_staged() { warps * config.dq_warp_bytes() } else { 0 };
+        let dq_bytes = if config.own_dq { 0 } else { warps * config.dq_warp_bytes() };
         Shared {
             k: k.shared("k", config.k().bytes(), align),
             v: k.shared("v", config.v().bytes(), align),

@@ -55,7 +55,12 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
 }
 
 /// The gradient of a head's sink: its tiles' sums, in an order that is always the same. By one warp.
-pub(super) fn sum_sinks<'k>(work: &Work<'_, 'k>, head: Reg<'k, u32>, d_sinks: Reg<'k, u64>, sums: Reg<'k, u64>) {
+pub(super) fn sum_sinks<'k>(
+    work: &Work<'_, 'k>,
+    head: Reg<'k, u32>,
+    d_sinks: Reg<'k, u64>,
+    sums: Reg<'k, u64>,
+) {
     let (k, params, lane) = (work.k, work.params, work.k.lane());
     let sum = k.var(0.0f32);
     k.for_(0u32, params.batch, 1u32, |batch| {

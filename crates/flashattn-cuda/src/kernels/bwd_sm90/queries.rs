@@ -18,9 +18,7 @@ use std::f32::consts::LOG2_E;
 
 use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::{AtomOp, Order, WgmmaShape};
-use ptx::{
-    B32, Fragment, Kernel, Mbarrier, Pipeline, PipelineState, Target, TileLayout, WgmmaA, build,
-};
+use ptx::{B32, Fragment, Kernel, Mbarrier, Pipeline, PipelineState, Target, TileLayout, WgmmaA, build};
 
 use super::elements::{Formula, Given, place};
 use super::exact::Exact;
@@ -244,7 +242,8 @@ impl<'k> Items<'_, 'k> {
                     let key = n_block * tile_n;
                     let mut some = (key + tile_n).gt(seqlen_k);
                     if let Some(right) = right {
-                        some = some | (signed(first) + shift + right.min(1 << 30)).lt(signed(key + (tile_n - 1)));
+                        some = some
+                            | (signed(first) + shift + right.min(1 << 30)).lt(signed(key + (tile_n - 1)));
                     }
                     if let Some(left) = left {
                         some = some | (signed(end) - 1 + shift - left).gt(signed(key));
@@ -602,8 +601,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let diagonals = [row + shift, row + 8 + shift];
         let [left, right] = params.band;
         let from = left.map(|left| diagonals.map(|diagonal| diagonal - left));
-        let to = diagonals
-            .map(|diagonal| right.map_or(end, |right| end.min(diagonal + right.min(1 << 30) + 1)));
+        let to =
+            diagonals.map(|diagonal| right.map_or(end, |right| end.min(diagonal + right.min(1 << 30) + 1)));
         for (i, &register) in fragment.registers.iter().enumerate() {
             let (half, offset) = (Fragment::half(i), Fragment::column_offset(i) as i32);
             let mut visible = to[half].gt(offset);

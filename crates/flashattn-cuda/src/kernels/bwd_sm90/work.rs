@@ -350,7 +350,12 @@ impl<'a, 'k> Work<'a, 'k> {
     }
 
     /// Runs `body` for each panel of a tile with its box.
-    pub fn each_panel(&self, layout: TileLayout, at: [Reg<'k, u32>; 3], body: impl Fn(u32, &[Reg<'k, i32>; 4])) {
+    pub fn each_panel(
+        &self,
+        layout: TileLayout,
+        at: [Reg<'k, u32>; 3],
+        body: impl Fn(u32, &[Reg<'k, i32>; 4]),
+    ) {
         let [row, head, batch] = at.map(|r| r.bits::<i32>());
         for panel in 0..layout.panels() {
             let column = self.k.var((panel * layout.panel_columns()) as i32);
