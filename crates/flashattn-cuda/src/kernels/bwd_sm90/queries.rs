@@ -333,20 +333,20 @@ impl<'k> Items<'_, 'k> {
                 let batch = self.work.batch(item.batch);
                 let row = item.sequence.q_row + item.number * ROWS;
                 // The maps' boxes are the main kernel's.
-                let boxes = |body: &dyn Fn(u32, u32, &[Reg<'k, i32>; 4])| {
-                    for part in 0..ROWS / config.tile_m {
-                        let at = [row + part * config.tile_m, item.head, batch];
-                        self.work.each_panel(once_layout, at, |panel, at| body(panel, part, at));
-                    }
-                };
+                let parts = 0..ROWS / config.tile_m;
+                let at = |part: u32| [row + part * config.tile_m, item.head, batch];
                 // Room for it there is only when the item before is done; until then it comes into L2.
-                boxes(&|_, _, at| k.tma_prefetch(once_map, at));
+                for part in parts.clone() {
+                    self.work.each_panel(once_layout, at(part), |_, at| k.tma_prefetch(once_map, at));
+                }
                 once.producer_acquire(k, once_state, once_layout.bytes());
                 let full = once.full(once_state);
-                boxes(&|panel, part, at| {
-                    let inside = panel * once_layout.panel_bytes() + part * config.tile_m * 128;
-                    k.tma_load(once_to.at(inside as i32), once_map, at, full);
-                });
+                for part in parts {
+                    self.work.each_panel(once_layout, at(part), |panel, at| {
+                        let inside = panel * once_layout.panel_bytes() + part * config.tile_m * 128;
+                        k.tma_load(once_to.at(inside as i32), once_map, at, full);
+                    });
+                }
                 once_state.phase.set(once_state.phase ^ 1);
                 let head = item.head / self.work.group();
                 self.each_block(&item, |n_block, partial| {
