@@ -48,12 +48,12 @@ impl BwdConfig {
         self.layout(self.tile_n(), self.head_dim_v, false)
     }
 
-    /// Stages of K and of V. K stays until dQ has been added to, V only for dP, so that it comes second.
+    /// Stages of K and of V. K stays until dQ has been added to, V only for dP.
     fn key_stages(&self) -> [u32; 2] {
         // Barriers, numbers, and what is lost to alignment are less than 2 KiB.
         let room = Target::Sm90a.shared_limit() - self.item_q().bytes() - self.item_d_o().bytes() - 2048;
         let (k, v) = (self.block_k().bytes(), self.block_v().bytes());
-        if 2 * (k + v) <= room { [2, 2] } else { [2, 1] }
+        if 3 * k + 2 * v <= room { [3, 2] } else { [2, 1] }
     }
 }
 
@@ -414,8 +414,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let (k_state, v_state) = (shared.k_pipeline.start(k), shared.v_pipeline.start(k));
         let block = k.var(0u32);
         let plain = !self.config.programs();
-        // Whether there are registers for the next block's dP beside this one's dS.
-        let early = self.s.registers.len() * 5 / 2 + self.dq.registers.len() <= 208;
+        let few = self.config.key_stages()[0] == 2;
+        // Whether there are registers for the next block's dP beside this one's dS, and its V is there by then.
+        let early = !few && self.s.registers.len() * 5 / 2 + self.dq.registers.len() <= 208;
         k.loop_(|| {
             shared.item_pipeline.consumer_wait(k, item_state);
             let item = self.items.told(shared, item_state.index);
@@ -446,23 +447,31 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                     left.set(left - 1);
                     k.break_if(left.eq(0));
                     shared.k_pipeline.consumer_wait(k, k_state);
-                    self.scores(k_state.index);
+                    if !few {
+                        self.scores(k_state.index);
+                    }
                     self.d_queries(block);
-                    let d_probabilities = || {
+                    if few {
+                        // Its place is needed for the block after the next.
+                        self.scores(k_state.index);
+                        k.wgmma_wait(1);
+                        shared.k_pipeline.consumer_release(k, block, self.lane);
+                    }
+                    if early {
                         shared.v_pipeline.consumer_wait(k, v_state);
                         self.d_probabilities(v_state.index);
-                    };
-                    if early {
-                        d_probabilities();
                     }
                     if plain {
-                        k.wgmma_wait(1 + u8::from(early));
+                        k.wgmma_wait(u8::from(!few) + u8::from(early));
                         self.probabilities();
                     }
-                    k.wgmma_wait(u8::from(early));
-                    shared.k_pipeline.consumer_release(k, block, self.lane);
+                    if !few {
+                        k.wgmma_wait(u8::from(early));
+                        shared.k_pipeline.consumer_release(k, block, self.lane);
+                    }
                     if !early {
-                        d_probabilities();
+                        shared.v_pipeline.consumer_wait(k, v_state);
+                        self.d_probabilities(v_state.index);
                     }
                 });
                 for pipeline in [shared.q_pipeline, shared.do_pipeline] {
