@@ -66,29 +66,45 @@ pub struct BackwardTiles {
     pub tile_m: u32,
     /// What the two consumer warpgroups share out, which gives the keys of a block.
     pub split: Split,
-    /// Stages of the Q and of the dO pipeline.
+    /// Stages of the Q pipeline.
     pub stages: u32,
-    /// Whether dQ has a kernel of its own; that of a deterministic plan always has.
-    pub own_dq: bool,
+    /// Stages of the dO pipeline, and copies of P and dS: at most as many.
+    pub do_stages: u32,
+    /// Most keys with which dQ has a kernel of its own; that of a deterministic plan always has.
+    pub own_dq: usize,
 }
 
 /// Rows by ascending head dimension, as in [`FORWARD_SM90`]. By counting registers and bytes of shared memory that the
 /// products read; not yet tuned by measurement.
 pub const BACKWARD_SM90: [BackwardTiles; 3] = [
-    // The largest square that fits: dK and dV take 64 registers, S and dP 128.
-    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 2, own_dq: false },
-    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ. A third
-    // stage would take the place of dQ in shared memory.
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 2, own_dq: false },
+    // The largest square that fits: dK and dV take 64 registers, S and dP 128. Q is let go of last and needed first, so it has
+    // a third stage.
+    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 3, do_stages: 2, own_dq: 0 },
+    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 3, do_stages: 2, own_dq: 0 },
     // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
-    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2, own_dq: true },
+    BackwardTiles {
+        head_dim: 256,
+        tile_m: 64,
+        split: Split::Columns,
+        stages: 2,
+        do_stages: 2,
+        own_dq: usize::MAX,
+    },
 ];
 
 /// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S.
 pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
-    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3, own_dq: false },
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3, own_dq: false },
-    BackwardTiles { head_dim: 256, tile_m: 64, split: Split::Columns, stages: 2, own_dq: true },
+    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3, do_stages: 3, own_dq: 0 },
+    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3, do_stages: 3, own_dq: 0 },
+    BackwardTiles {
+        head_dim: 256,
+        tile_m: 64,
+        split: Split::Columns,
+        stages: 2,
+        do_stages: 2,
+        own_dq: usize::MAX,
+    },
 ];
 
 /// What a kernel has besides the products, the softmax and a band.

@@ -444,6 +444,7 @@ fn configure(
         tile_m: tiles.tile_m,
         split: tiles.split,
         stages: tiles.stages,
+        do_stages: tiles.do_stages,
         mask: match band {
             Some([left, right]) => MaskKind::Band { left: left.is_some(), right: right.is_some() },
             None => MaskKind::Blocks,
@@ -456,7 +457,7 @@ fn configure(
         sinks: p.sinks,
         d_lse: false,
         varlen: p.varlen.is_some(),
-        own_dq: tiles.own_dq,
+        own_dq: p.seqlen_k <= tiles.own_dq,
     })
 }
 

@@ -13,8 +13,10 @@ const SCORES: u32 = 1;
 /// The block at hand: nothing of it stays in registers, of which there are none to spare.
 #[derive(Clone, Copy)]
 pub(super) struct Block<'k> {
-    /// Stage of Q, of dO, and of P and dS.
+    /// Stage of Q.
     stage: Reg<'k, u32>,
+    /// Stage of dO, and of P and dS.
+    do_stage: Reg<'k, u32>,
 }
 
 /// What the producer told of a block.
@@ -88,9 +90,12 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let (k, shared) = (self.k, self.shared);
         // Of one stage only the phase changes.
         let (k_state, v_state) = (shared.k_pipeline.start(k), shared.v_pipeline.start(k));
-        // Both pipelines of queries walk in step.
         let state = shared.q_pipeline.start(k);
-        let block = Block { stage: k.var(0u32) };
+        // Both pipelines of queries walk in step, if they have as many stages.
+        let own = (self.config.do_stages != self.config.stages).then(|| shared.do_pipeline.start(k));
+        let do_state = own.unwrap_or(state);
+        let stage = k.var(0u32);
+        let block = Block { stage, do_stage: own.map_or(stage, |own| own.index) };
         let products = || {
             if !self.keeps_scores() {
                 k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
@@ -106,7 +111,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.d_keys(&block);
             k.wgmma_commit();
             k.wgmma_wait(1);
-            shared.do_pipeline.consumer_release(k, block.stage, self.lane);
+            shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
+            if let Some(own) = own {
+                own.advance();
+            }
             self.add_dq(&block);
             k.wgmma_wait(0);
             shared.q_pipeline.consumer_release(k, block.stage, self.lane);
@@ -133,7 +141,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 shared.v_pipeline.consumer_wait(k, v_state);
                 k.loop_(|| {
                     block.stage.set(state.index);
-                    shared.do_pipeline.consumer_wait(k, state);
+                    shared.do_pipeline.consumer_wait(k, do_state);
                     k.wgmma_fence();
                     self.d_probabilities(&block);
                     k.wgmma_commit();
@@ -171,7 +179,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// P and dS as operands, and both where the products need them. On entry S and dP are in flight, the older first.
     fn gradients_of_scores(&self, block: &Block<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
-        let at = block.stage * config.scores().bytes();
+        let at = block.do_stage * config.scores().bytes();
         if config.programs() {
             k.wgmma_wait(0);
             self.elements(block);
@@ -199,6 +207,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
     }
 
+    /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores.
+    fn dk_from_registers(&self) -> bool {
+        self.keeps_scores() || self.config.split == Split::Keys && self.config.tile_m == 128
+    }
+
     /// Whether no product of a warpgroup needs the other's dS, so that it stays in registers.
     fn keeps_scores(&self) -> bool {
         self.config.own_dq && self.config.split == Split::Keys
@@ -206,7 +219,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// The barrier at which warpgroup `group` waits for the other's dS.
     fn scores_barrier(&self, block: &Block<'k>, group: Reg<'k, u32>) -> Reg<'k, u32> {
-        block.stage * CONSUMERS + group + SCORES
+        block.do_stage * CONSUMERS + group + SCORES
     }
 
     /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
@@ -290,7 +303,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// Issues dPᵀ = V·dOᵀ.
     fn d_probabilities(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
-        let d_o = shared.d_o + block.stage * config.d_o().bytes();
+        let d_o = shared.d_o + block.do_stage * config.d_o().bytes();
         self.transposed_scores(&self.dp, (shared.v, config.v()), (d_o, config.d_o()), config.head_dim_v);
     }
 
@@ -304,7 +317,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     ) {
         let (k, config) = (self.k, self.config);
         match config.split {
-            Split::Keys if std::ptr::eq(d, &self.dk) && !self.keeps_scores() => {
+            Split::Keys if std::ptr::eq(d, &self.dk) && !self.dk_from_registers() => {
                 let (a, b) = (config.scores().k_major(self.own_rows(tile)), rows.1.mn_major(rows.0));
                 self.product(d, a, b, [false, true], config.tile_m / 16, false);
             }
@@ -325,8 +338,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// Issues dV += Pᵀ·dO.
     fn d_values(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
-        let d_o = shared.d_o + block.stage * config.d_o().bytes();
-        let p = shared.p + block.stage * config.scores().bytes();
+        let d_o = shared.d_o + block.do_stage * config.d_o().bytes();
+        let p = shared.p + block.do_stage * config.scores().bytes();
         self.accumulate(&self.dv, &self.p, p, (d_o, config.d_o()));
     }
 
@@ -334,14 +347,14 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn d_keys(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
         let q = shared.q + block.stage * config.q().bytes();
-        let ds = shared.ds + block.stage * config.scores().bytes();
+        let ds = shared.ds + block.do_stage * config.scores().bytes();
         self.accumulate(&self.dk, &self.ds, ds, (q, config.q()));
     }
 
     /// Issues dQ' = dS·K.
     fn d_queries(&self, block: &Block<'k>) {
         let (config, shared, layout) = (self.config, self.shared, self.config.scores());
-        let ds = shared.ds + block.stage * layout.bytes();
+        let ds = shared.ds + block.do_stage * layout.bytes();
         let (a, b, steps) = match config.dq_part() {
             DqPart::Queries => (ds + self.group * layout.panel_bytes(), shared.k, config.tile_n() / 16),
             DqPart::Columns => (ds, self.half_columns(shared.k, &config.k()), config.tile_n() / 16),

@@ -88,8 +88,10 @@ pub struct BwdConfig {
     pub tile_m: u32,
     /// What the warpgroups share out.
     pub split: Split,
-    /// Stages of the Q and of the dO pipeline.
+    /// Stages of the Q pipeline.
     pub stages: u32,
+    /// Stages of the dO pipeline, and copies of P and dS: at most as many.
+    pub do_stages: u32,
     /// Visible blocks.
     pub mask: MaskKind,
     /// The mask, with [`MaskKind::Blocks`], and its tables.
@@ -442,9 +444,13 @@ impl<'k> Shared<'k> {
             k: k.shared("k", config.k().bytes(), align),
             v: k.shared("v", config.v().bytes(), align),
             q: k.shared("q", config.q().bytes() * stages, align),
-            d_o: k.shared("do", config.d_o().bytes() * stages, align),
-            ds: k.shared("ds", stages * scores, align),
-            p: k.shared("p", if config.split == Split::Columns { stages * scores } else { 0 }, align),
+            d_o: k.shared("do", config.d_o().bytes() * config.do_stages, align),
+            ds: k.shared("ds", config.do_stages * scores, align),
+            p: k.shared(
+                "p",
+                if config.split == Split::Columns { config.do_stages * scores } else { 0 },
+                align,
+            ),
             dq: k.shared("dq", dq_bytes, 128),
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
             item: k.shared("item", 2 * Self::ITEM_BYTES, 16),
@@ -453,7 +459,7 @@ impl<'k> Shared<'k> {
             k_pipeline: Pipeline::new(k, "k", 1, warps, 1),
             v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
             q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
-            do_pipeline: Pipeline::new(k, "do", stages, warps, 1),
+            do_pipeline: Pipeline::new(k, "do", config.do_stages, warps, 1),
         }
     }
 }
