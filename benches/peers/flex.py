@@ -5,6 +5,7 @@ fixed random inputs, launches back to back for 150 ms, median of three loops. Ru
     python3 benches/peers/flex.py --out flex.json                                     # 8k tokens, each mask and score mod
     python3 benches/peers/flex.py --shapes '128,1,8192' --mods alibi,softcap --dtype f16
     python3 benches/peers/flex.py --standard 8,16,64,1 --out standard.json            # the paper's table: B,H,D,CAUSAL, 512 … 64k
+    python3 benches/peers/flex.py --standard 32,12,64,1 --seqlens 1024 --dropout 0.1 --passes bwd   # a training step of GPT-2 small
 
 Ours beside it:
 
@@ -112,28 +113,30 @@ def flex(b, h, n, d, causal, mods, dtype, passes):
         yield row("flex", "bwd", dtype, b, h, n, d, causal, name, *measure(backward))
 
 
-def standard(b, h, n, d, causal, dtype, passes):
+def standard(b, h, n, d, causal, dtype, passes, dropout):
     """S and P in memory, as attention is usually written; and torch's own fused one, for the same row."""
     def attend(q, k, v):
         scores = q @ k.transpose(-1, -2) / math.sqrt(d)
         if causal:
             scores = scores.masked_fill(torch.ones(n, n, device="cuda", dtype=torch.bool).triu_(1), float("-inf"))
-        return scores.softmax(-1) @ v
+        return F.dropout(scores.softmax(-1), dropout) @ v
 
     def fused(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, dropout_p=dropout)
+
+    mods = f"dropout {dropout:g}" if dropout else ""
 
     for peer, f in (("standard", attend), ("sdpa", fused)):
         q, k, v = inputs(b, h, n, d, dtype)
         if "fwd" in passes:
             with torch.no_grad():
-                yield row(peer, "fwd", dtype, b, h, n, d, causal, "", *measure(lambda: f(q, k, v)))
+                yield row(peer, "fwd", dtype, b, h, n, d, causal, mods, *measure(lambda: f(q, k, v)))
         if "bwd" in passes:
             def both():
                 o = f(q, k, v)
                 torch.autograd.grad(o, (q, k, v), o)
 
-            yield row(peer, "fwd_bwd", dtype, b, h, n, d, causal, "", *measure(both))
+            yield row(peer, "fwd_bwd", dtype, b, h, n, d, causal, mods, *measure(both))
 
 
 def main():
@@ -142,6 +145,7 @@ def main():
     parser.add_argument("--shapes", default="64,0,8192;64,1,8192;128,0,8192;128,1,8192", help="D,causal(0|1),N;…")
     parser.add_argument("--mods", default="none,alibi,softcap,document", help="of none, alibi, softcap, document, window")
     parser.add_argument("--standard", help="B,H,D,CAUSAL: standard attention instead, over --seqlens")
+    parser.add_argument("--dropout", type=float, default=0.0, help="of standard attention")
     parser.add_argument("--seqlens", default="512,1024,2048,4096,8192,16384,32768,65536")
     parser.add_argument("--dtype", default="bf16", choices=list(DTYPES))
     parser.add_argument("--passes", default="fwd", help="of fwd, bwd (of standard attention: forward and backward)")
@@ -150,7 +154,7 @@ def main():
     if args.standard:
         b, h, d, causal = (int(x) for x in args.standard.split(","))
         for n in map(int, args.seqlens.split(",")):
-            rows += standard(b, h, n, d, bool(causal), args.dtype, passes)
+            rows += standard(b, h, n, d, bool(causal), args.dtype, passes, args.dropout)
     else:
         for d, causal, n in ([int(x) for x in s.split(",")] for s in args.shapes.split(";")):
             for mods in args.mods.split(","):

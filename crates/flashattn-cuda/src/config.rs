@@ -70,42 +70,40 @@ pub struct BackwardTiles {
     pub stages: u32,
     /// Stages of the dO pipeline, and copies of P and dS: at most as many.
     pub do_stages: u32,
-    /// Most keys with which dQ has a kernel of its own; that of a deterministic plan always has.
-    pub own_dq: usize,
+    /// Most keys with which dQ has a kernel of its own: without a mask, and with one. That of a deterministic plan always has.
+    pub own_dq: [usize; 2],
 }
 
-/// Rows by ascending head dimension, as in [`FORWARD_SM90`]. By counting registers and bytes of shared memory that the
-/// products read; not yet tuned by measurement.
+/// Rows by ascending head dimension, as in [`FORWARD_SM90`], chosen as these are.
 pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     // The largest square that fits: dK and dV take 64 registers, S and dP 128. Q is let go of last and needed first, so it has
-    // a third stage.
-    BackwardTiles { head_dim: 64, tile_m: 128, split: Split::Keys, stages: 3, do_stages: 2, own_dq: 0 },
+    // a third stage. Of few keys adding dQ up, with its zeros and its pass over the sums, takes longer than S and dP once more.
+    backward_tiles(64, 128, Split::Keys, [3, 2], [0, 512]),
     // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Keys, stages: 3, do_stages: 2, own_dq: 0 },
-    // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries.
-    BackwardTiles {
-        head_dim: 256,
-        tile_m: 64,
-        split: Split::Columns,
-        stages: 2,
-        do_stages: 2,
-        own_dq: usize::MAX,
-    },
+    backward_tiles(128, 64, Split::Keys, [3, 2], [512, 1024]),
+    // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries. So narrow blocks would add up
+    // more of dQ than L2 can.
+    backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
 ];
 
-/// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S.
+/// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S; not tuned.
 pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
-    BackwardTiles { head_dim: 64, tile_m: 64, split: Split::Keys, stages: 3, do_stages: 3, own_dq: 0 },
-    BackwardTiles { head_dim: 128, tile_m: 64, split: Split::Columns, stages: 3, do_stages: 3, own_dq: 0 },
-    BackwardTiles {
-        head_dim: 256,
-        tile_m: 64,
-        split: Split::Columns,
-        stages: 2,
-        do_stages: 2,
-        own_dq: usize::MAX,
-    },
+    backward_tiles(64, 64, Split::Keys, [3, 3], [0, 0]),
+    backward_tiles(128, 64, Split::Columns, [3, 3], [0, 0]),
+    backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
 ];
+
+const ALWAYS: [usize; 2] = [usize::MAX; 2];
+
+const fn backward_tiles(
+    head_dim: u32,
+    tile_m: u32,
+    split: Split,
+    [stages, do_stages]: [u32; 2],
+    own_dq: [usize; 2],
+) -> BackwardTiles {
+    BackwardTiles { head_dim, tile_m, split, stages, do_stages, own_dq }
+}
 
 /// What a kernel has besides the products, the softmax and a band.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -153,6 +151,13 @@ pub fn head_group(bytes: u64, group: u64, masked: bool) -> u64 {
     (1 << heads.ilog2()) * group
 }
 
+/// The same for the backward pass: (KV head, sequence) pairs, of `bytes` of queries and gradients of o each. Without a mask one
+/// after the other is fastest.
+pub fn backward_head_group(bytes: u64, masked: bool) -> u64 {
+    let heads = if masked { ((32 << 20) / bytes.max(1)).clamp(2, 4) } else { 1 };
+    1 << heads.ilog2()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,6 +196,13 @@ mod tests {
         assert_eq!(head_group(1 << 40, 8, true), 8);
         assert_eq!(head_group(0, 1, true), 8);
         assert_eq!(head_group(1 << 40, 3, false), 2 * 3);
+    }
+
+    #[test]
+    fn groups_of_the_backward_pass_are_few() {
+        let groups = [4 << 20, 8 << 20, 16 << 20, 1 << 40, 0].map(|bytes| backward_head_group(bytes, true));
+        assert_eq!(groups, [4, 4, 2, 2, 4]);
+        assert_eq!(backward_head_group(4 << 20, false), 1);
     }
 
     #[test]

@@ -279,7 +279,8 @@ impl BackwardPlan {
     fn sizes(&mut self, p: &AttentionProblem) {
         let head_bytes = p.seqlen_q as u64 * (p.head_dim + p.head_dim_v) as u64 * 2 * p.group() as u64;
         let pairs = (p.heads_kv * p.batch) as u64;
-        let head_group = config::head_group(head_bytes, 1, true).min(pairs.max(1)) as usize;
+        let masked = self.config.mask != MaskKind::Band { left: false, right: false };
+        let head_group = config::backward_head_group(head_bytes, masked).min(pairs.max(1)) as usize;
         let tiles = tiles(p, &self.config);
         let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group, tiles];
         // They fit: validated to be below 2³⁰, and the pairs are at most the items.
@@ -457,7 +458,7 @@ fn configure(
         sinks: p.sinks,
         d_lse: false,
         varlen: p.varlen.is_some(),
-        own_dq: p.seqlen_k <= tiles.own_dq,
+        own_dq: p.seqlen_k <= tiles.own_dq[usize::from(band != Some([None, None]))],
     })
 }
 
