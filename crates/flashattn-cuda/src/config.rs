@@ -50,7 +50,35 @@ pub const FORWARD_SM90_SCORES: [Tiles; 4] = [
     tiles(256, [0, 0], [2, 48, 2], false),
 ];
 
-/// The same for kernels with a mask's program or dropout: blocks are narrower, without spills by ptxas 13.0.
+/// The same with f16, whose sums of a block take two registers more.
+pub const FORWARD_SM90_SCORES_F16: [Tiles; 4] = [
+    FORWARD_SM90_SCORES[0],
+    FORWARD_SM90_SCORES[1],
+    tiles(128, [0, 0], [2, 112, 2], false),
+    FORWARD_SM90_SCORES[3],
+];
+
+/// The same for kernels whose score mod is one multiply-add (ALiBi): it takes a register a row, so tiles may be nearly as without.
+/// Chosen on an H100 among two each (bf16, full and causal, 8k tokens).
+pub const FORWARD_SM90_SLOPES: [Tiles; 4] = [
+    tiles(64, [1536, 6144], [3, 112, 3], false),
+    tiles(64, [0, 0], [2, 128, 3], true),
+    tiles(128, [0, 0], [2, 128, 3], true),
+    tiles(256, [0, 0], [2, 48, 2], false),
+];
+
+/// The same for kernels with a mask's program alone, which few blocks run. Those of 64 and 128 were chosen on an H100 (bf16, documents
+/// of 1024 in 8k tokens).
+pub const FORWARD_SM90_MASKS: [Tiles; 4] = [
+    // Stores of less than whole sectors take registers too.
+    tiles(63, [0, 0], [2, 128, 3], false),
+    tiles(64, [0, 0], [2, 128, 3], true),
+    // Two stages leave room for the next tile's Q, which gains more than a third stage.
+    tiles(128, [0, 0], [2, 128, 2], false),
+    tiles(256, [0, 0], [2, 48, 2], false),
+];
+
+/// The same for kernels with dropout, or a mask's program and a score mod: blocks are narrower, without spills by ptxas 13.0.
 pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
     tiles(64, [0, 0], [2, 64, 3], false),
     tiles(128, [0, 0], [2, 48, 2], false),
@@ -112,16 +140,29 @@ pub enum Extras {
     None,
     /// A score mod.
     Score,
-    /// A mask's program or dropout, with a score mod or without.
+    /// A score mod, with f16.
+    ScoreF16,
+    /// A score mod that is one multiply-add.
+    Slope,
+    /// A mask's program.
+    Mask,
+    /// Dropout, or a mask's program and a score mod.
     Programs,
 }
 
 impl Extras {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Extras::None, Extras::Score, Extras::ScoreF16, Extras::Slope, Extras::Mask, Extras::Programs];
+
     /// The table's rows.
     pub const fn rows(self) -> &'static [Tiles] {
         match self {
             Extras::None => &FORWARD_SM90,
             Extras::Score => &FORWARD_SM90_SCORES,
+            Extras::ScoreF16 => &FORWARD_SM90_SCORES_F16,
+            Extras::Slope => &FORWARD_SM90_SLOPES,
+            Extras::Mask => &FORWARD_SM90_MASKS,
             Extras::Programs => &FORWARD_SM90_PROGRAMS,
         }
     }
@@ -180,7 +221,7 @@ mod tests {
             for dv in (8..=256).step_by(8) {
                 // Panels of 64 elements; barriers and the tile's numbers are less than a KiB, alignment as much.
                 let wide = |d: usize| d.next_multiple_of(64) as u32 * 2;
-                let rows = [Extras::None, Extras::Score, Extras::Programs].into_iter().flat_map(Extras::rows);
+                let rows = Extras::ALL.into_iter().flat_map(Extras::rows);
                 for tiles in rows.filter(|row| d.max(dv) <= row.head_dim as usize) {
                     let (q, kv) = (64 * tiles.consumers * wide(d), tiles.tile_n * (wide(d) + wide(dv)));
                     assert!(q + tiles.stages * kv + 2048 <= 227 * 1024, "{d} {dv}");

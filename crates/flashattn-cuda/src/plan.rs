@@ -13,7 +13,7 @@ use flashattn_spec::{AttentionProblem, DType, ProblemError, philox};
 use ptx::instr::Element;
 
 use crate::config::{self, Extras, Tiles};
-use crate::kernels::{FwdConfig, MaskKind};
+use crate::kernels::{FwdConfig, MaskKind, Slope};
 
 pub use backward::{BackwardPlan, GradStrides, GradTensor};
 
@@ -407,8 +407,15 @@ fn configure(
         other => return unsupported(Feature::DType, other.to_string(), "bf16 or f16"),
     };
     let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
-    let extras = match (dropout || mask.is_some(), score_mod.is_some()) {
-        (true, _) => Extras::Programs,
+    // A slope is divided by the scale, and must not be infinite then.
+    let is_slope = |traced: &Traced| Slope::of(&traced.expr).is_some() && p.scale() > 1e-6;
+    let slope = score_mod.as_ref().is_some_and(is_slope);
+    let extras = match (mask.is_some(), score_mod.is_some()) {
+        _ if dropout => Extras::Programs,
+        (true, true) => Extras::Programs,
+        (true, false) => Extras::Mask,
+        (false, true) if slope => Extras::Slope,
+        (false, true) if element == Element::F16 => Extras::ScoreF16,
         (false, true) => Extras::Score,
         (false, false) => Extras::None,
     };
@@ -439,7 +446,7 @@ fn configure(
         mask_program: program(mask),
         score_mod: program(score_mod),
         small_indices: score_mod.is_some() && p.seqlen_q.max(p.seqlen_k) < 1 << 22,
-        prescaled: score_mod.is_some() || p.scale() <= 0.0,
+        prescaled: if score_mod.is_some() { !slope } else { p.scale() <= 0.0 },
         dropout,
         sinks: p.sinks,
         varlen: p.varlen.is_some(),
@@ -563,10 +570,10 @@ mod tests {
         let words = |i: usize| cast_slice::<u8, u32>(blocks.uploads[i].bytes()).to_vec();
         let (rows, runs) = (words(0), words(1));
         assert_eq!(rows.len(), 4 * blocks.tiles as usize);
-        // Both heads of both sequences share the runs of three rows of 128 queries: of 80 keys, 0 to 128 are 2 blocks.
+        // Both heads of both sequences share the runs of three rows of 128 queries: of 128 keys, 0 to 128 are one block.
         assert_eq!(rows[..12], rows[36..]);
-        assert_eq!((rows[2], runs.len() / 2), (2, rows[1] as usize + rows[5] as usize + rows[9] as usize));
-        assert_eq!((runs[0] & 0x7fff_ffff, runs[2 * rows[1] as usize - 1]), (0, 2));
+        assert_eq!((rows[2], runs.len() / 2), (1, rows[1] as usize + rows[5] as usize + rows[9] as usize));
+        assert_eq!((runs[0] & 0x7fff_ffff, runs[2 * rows[1] as usize - 1]), (0, 1));
     }
 
     #[test]
@@ -578,7 +585,8 @@ mod tests {
         let plan = plan(&p);
         let names: Vec<&str> = plan.uploads.iter().map(|upload| upload.name.as_str()).collect();
         assert_eq!(names, ["score mod table 0", "cu_seqlens_q", "cu_seqlens_k"]);
-        assert!(plan.config.prescaled && plan.config.varlen && plan.config.sinks);
+        // ALiBi's slope takes the scale with it.
+        assert!(!plan.config.prescaled && plan.config.varlen && plan.config.sinks);
         for expected in
             [Argument::U32(9), Argument::U32(3), Argument::F32(2.0), Argument::Address(Tensor::Sinks)]
         {

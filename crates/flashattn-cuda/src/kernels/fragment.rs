@@ -5,7 +5,7 @@ use ptx::Fragment;
 use ptx::build::{Builder, Reg};
 
 use super::philox::philox4x32;
-use super::program::{Element, Place, ProgramEmitter, TableArgs};
+use super::program::{Element, Place, ProgramEmitter, Slope, TableArgs};
 
 /// The scores of a block in the registers of one thread, and where they lie in the score matrix.
 pub struct Scores<'a, 'k> {
@@ -41,17 +41,36 @@ impl<'k> Scores<'_, 'k> {
         }
     }
 
-    /// Each scaled score `s` to `program(s)·factor`; `small`: all lengths are below 2²².
-    pub fn modify(&self, program: &Program, tables: &[TableArgs<'k>], small: bool, factor: f32) {
+    /// Each scaled score `s` to `program(s)`; `small`: all lengths are below 2²². With a slope the score is multiplied later.
+    pub fn modify(
+        &self,
+        program: &Program,
+        tables: &[TableArgs<'k>],
+        small: bool,
+        slope: Option<(Slope, Reg<'k, f32>)>,
+    ) {
         let emitter = ProgramEmitter::new(self.k, program, tables, self.place);
         let mut emitter = emitter.with_small_indices(small);
-        self.each(|s, element| s.set(emitter.float(&element, s) * factor));
+        self.each(|s, element| {
+            s.set(match slope {
+                Some((slope, inverse)) => emitter.add_slope(slope, &element, s, inverse),
+                None => emitter.float(&element, s),
+            });
+        });
     }
 
-    /// −∞ where the mask's program does not hold.
-    pub fn mask(&self, program: &Program, tables: &[TableArgs<'k>]) {
-        let mut emitter = ProgramEmitter::new(self.k, program, tables, self.place);
-        self.each(|s, element| s.set(emitter.bool(&element).select(s, f32::NEG_INFINITY)));
+    /// −∞ where the mask's program does not hold, in a block that is seen `in_part`.
+    ///
+    /// A branch for each 64 keys: ptxas would have the loads of all in flight, for which there are no registers.
+    pub fn mask(&self, program: &Program, tables: &[TableArgs<'k>], in_part: Reg<'k, bool>) {
+        for (i, registers) in self.fragment.registers.chunks(32).enumerate() {
+            self.k.if_(in_part, || {
+                let fragment = Fragment { registers: registers.to_vec() };
+                let scores = Scores { fragment: &fragment, kv: self.kv + 64 * i as i32, ..*self };
+                let mut emitter = ProgramEmitter::new(self.k, program, tables, self.place);
+                scores.each(|s, element| s.set(emitter.bool(&element).select(s, f32::NEG_INFINITY)));
+            });
+        }
     }
 
     /// −∞ at keys outside of `from[row] .. to[row]`, counted from the thread's first key; both by row.

@@ -11,3 +11,4 @@ mod program;
 pub use bwd_sm90::{BwdConfig, Split, flash_bwd_sm90, flash_bwd_sm90_preprocess, flash_bwd_sm90_queries};
 pub use copy::{CopyConfig, CopyLaunch, copy_rows};
 pub use fwd_sm90::{FwdConfig, MaskKind, Stride, TableShape, flash_fwd_sm90};
+pub(crate) use program::Slope;

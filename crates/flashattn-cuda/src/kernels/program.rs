@@ -91,6 +91,41 @@ pub fn spreads(program: &Program, shapes: &[[bool; 4]]) -> Vec<Spread> {
     table_roots(program).iter().zip(shapes).map(spread).collect()
 }
 
+/// A score mod `score ± factor·by`, as ALiBi: with `score = scale·s` it is `scale·(s ± (factor / scale)·by)`, where the division
+/// is one for all elements, and `scale` is left to whoever multiplies next.
+#[derive(Clone, Copy, Debug)]
+pub struct Slope {
+    /// The same for all elements of a work tile.
+    factor: NodeId,
+    by: NodeId,
+    minus: bool,
+}
+
+impl Slope {
+    /// The program as such, if it is one.
+    pub fn of(program: &Program) -> Option<Self> {
+        let at = |id: NodeId| (program.nodes()[id.index()], program.deps()[id.index()]);
+        let (is_score, free) = (|id| at(id).0 == Node::Score, |id| !at(id).1.contains_score());
+        let (product, minus) = match at(*program.roots().first()?).0 {
+            Node::Binary(BinOp::Sub, score, product) if is_score(score) => (product, true),
+            Node::Binary(BinOp::Add, a, b) if is_score(a) => (b, false),
+            Node::Binary(BinOp::Add, a, b) if is_score(b) => (a, false),
+            _ => return None,
+        };
+        let Node::Binary(BinOp::Mul, a, b) = at(product).0 else { return None };
+        let uniform = |id: NodeId| {
+            let deps = at(id).1;
+            free(id) && !deps.contains(Var::Q) && !deps.contains(Var::Kv)
+        };
+        let (factor, by) = if uniform(a) { (a, b) } else { (b, a) };
+        (uniform(factor) && free(by) && program.types()[product.index()] == Type::Float).then_some(Slope {
+            factor,
+            by,
+            minus,
+        })
+    }
+}
+
 /// A value of one of the language's types.
 #[derive(Clone, Copy, Debug)]
 enum Val<'k> {
@@ -111,6 +146,8 @@ pub struct ProgramEmitter<'a, 'k> {
     needed: Vec<bool>,
     /// As `values`, of integers as floats.
     floats: HashMap<(NodeId, Option<usize>, Option<usize>), Reg<'k, f32>>,
+    /// [`Slope::factor`], over the scale and with its sign.
+    factor: Option<Reg<'k, f32>>,
     /// Values by node, row (if it depends on the query) and column (if on the key); none that depend on the score.
     values: HashMap<(NodeId, Option<usize>, Option<usize>), Val<'k>>,
 }
@@ -120,7 +157,7 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
     pub fn new(k: &'k Builder, program: &'a Program, tables: &'a [TableArgs<'k>], place: Place<'k>) -> Self {
         let needed = vec![true; program.nodes().len()];
         let (values, floats) = (HashMap::new(), HashMap::new());
-        ProgramEmitter { k, program, tables, place, small: false, needed, floats, values }
+        ProgramEmitter { k, program, tables, place, small: false, needed, floats, factor: None, values }
     }
 
     /// Converts sums and differences of indices to floats before they differ by element, as conversions take the units that
@@ -128,10 +165,14 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
     pub fn with_small_indices(mut self, small: bool) -> Self {
         self.small = small;
         if small {
-            self.needed = vec![false; self.program.nodes().len()];
-            self.program.roots().to_vec().into_iter().for_each(|root| self.need(root));
+            self.need_only(self.program.roots());
         }
         self
+    }
+
+    fn need_only(&mut self, nodes: &[NodeId]) {
+        self.needed = vec![false; self.program.nodes().len()];
+        nodes.iter().for_each(|&node| self.need(node));
     }
 
     /// Marks a node and those that it is computed from.
@@ -182,8 +223,43 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
         self.small && self.by_element(id) && indices(self.program, id).is_some_and(|count| count <= 4)
     }
 
+    /// By how much a sum of indices grows from key to key; `None` if that is not the same everywhere.
+    fn growth(&self, id: NodeId) -> Option<i32> {
+        match self.program.nodes()[id.index()] {
+            Node::Var(Var::Kv) => Some(1),
+            Node::Unary(UnOp::Neg, a) => Some(-self.growth(a)?),
+            Node::Binary(BinOp::Add, a, b) => Some(self.growth(a)? + self.growth(b)?),
+            Node::Binary(BinOp::Sub, a, b) => Some(self.growth(a)? - self.growth(b)?),
+            _ => (!self.program.deps()[id.index()].contains(Var::Kv)).then_some(0),
+        }
+    }
+
     /// An integer as a float: [`ProgramEmitter::with_small_indices`].
     fn index_float(
+        &mut self,
+        id: NodeId,
+        element: &Element<'k>,
+        own: &HashMap<NodeId, Val<'k>>,
+    ) -> Reg<'k, f32> {
+        if self.by_element(id) {
+            // All columns from the first: a register a row, where one a column would be as many again as the scores.
+            if let (Some(growth), Some(offset)) = (self.growth(id), element.kv_offset) {
+                let (at, column) = ((id, Some(element.row), Some(0)), element.column);
+                if let Some(&first) = self.floats.get(&at) {
+                    return if offset == 0 { first } else { first + (growth * offset as i32) as f32 };
+                }
+                if column == 0 {
+                    let first = self.sum_float(id, element, own);
+                    self.floats.insert(at, first);
+                    return first;
+                }
+            }
+        }
+        self.sum_float(id, element, own)
+    }
+
+    /// The same from the floats of what is added.
+    fn sum_float(
         &mut self,
         id: NodeId,
         element: &Element<'k>,
@@ -219,6 +295,29 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
     pub fn float(&mut self, element: &Element<'k>, score: Reg<'k, f32>) -> Reg<'k, f32> {
         let value = self.root(element, Some(score));
         self.to_float(value)
+    }
+
+    /// What is to be multiplied by the scale, of a program that is this [`Slope`] and a score not multiplied yet.
+    pub fn add_slope(
+        &mut self,
+        slope: Slope,
+        element: &Element<'k>,
+        score: Reg<'k, f32>,
+        inverse_scale: Reg<'k, f32>,
+    ) -> Reg<'k, f32> {
+        if self.factor.is_none() {
+            self.need_only(&[slope.factor, slope.by]);
+        }
+        let own = self.values(element, None);
+        let factor = match self.factor {
+            Some(factor) => factor,
+            None => {
+                let factor = self.to_float(own[&slope.factor]) * inverse_scale;
+                if slope.minus { -factor } else { factor }
+            }
+        };
+        self.factor = Some(factor);
+        self.to_float(own[&slope.by]).fma(factor, score)
     }
 
     /// The program's first root at an element, as a truth value.

@@ -10,7 +10,7 @@ use super::repair::RowEnd;
 use super::work::{Blocks, Work, WorkTile};
 use super::{FwdConfig, Params, Shared};
 use crate::kernels::fragment::Scores;
-use crate::kernels::program::Place;
+use crate::kernels::program::{Place, Slope};
 
 /// Statistics of the thread's two rows, in base 2: the reference that exponents are taken against (once any key was
 /// seen), and this thread's share of the row sum.
@@ -72,7 +72,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             params,
             work,
             shared,
-            scale: if config.prescaled { k.var(1.0) } else { params.scale * LOG2_E },
+            scale: match (config.prescaled, config.score_mod.is_some()) {
+                (false, _) => params.scale * LOG2_E,
+                (true, false) => k.var(1.0),
+                (true, true) => k.var(LOG2_E),
+            },
             lane: k.lane(),
             group,
             row: group * 64 + Fragment::row(k),
@@ -364,16 +368,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             }
         }
         if let Some((program, _)) = &config.score_mod {
-            scores.modify(program, &params.score_tables, config.small_indices, LOG2_E);
+            let slope = Slope::of(program).filter(|_| !config.prescaled);
+            let slope = slope.map(|slope| (slope, params.scale.rcp()));
+            scores.modify(program, &params.score_tables, config.small_indices, slope);
         }
         let end = (tile.seqlen_k.bits::<i32>() - scores.kv).min(i32::MAX);
         let Blocks::Band(_) = tile.blocks_at else {
-            k.if_(self.partial | (self.n_block * config.tile_n + config.tile_n).gt(tile.seqlen_k), || {
-                if let Some((program, _)) = &config.mask_program {
-                    scores.mask(program, &params.mask_tables);
-                }
-                scores.limit(None, [end; 2]);
-            });
+            let in_part = self.partial | (self.n_block * config.tile_n + config.tile_n).gt(tile.seqlen_k);
+            if let Some((program, _)) = &config.mask_program {
+                scores.mask(program, &params.mask_tables, in_part);
+            }
+            k.if_(in_part, || scores.limit(None, [end; 2]));
             return;
         };
         k.if_(self.partial, || {
@@ -394,48 +399,89 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// Any reference gives the exact result, as the division by the row sum takes it out again, as long as nothing
     /// overflows. bf16 reaches as far as f32: the first maximum is kept until a sum passes 2²⁴, and rows in which a single
     /// block jumps beyond that by more than 2¹⁰³ end with a sum or an O that is not finite, and are repaired. P in f16
-    /// reaches to 2¹⁶ only: each block's maxima are looked at, and a growth of 2⁸ is let pass.
+    /// reaches to 2¹⁶ only: a block that has sums beyond 2¹⁵ goes to a new reference before it is rounded, as does O; where the
+    /// reference is small P is large, so that no more of it is lost to 2⁻²⁴ than with the largest score as the reference.
     fn exponentiate(&self) {
         let (k, scale) = (self.k, self.scale);
         let OnlineSoftmax { reference, row_sum, look, moved, .. } = &self.softmax;
-        // A score mod can make scores grow along the keys by any amount: ALiBi does, towards the diagonal.
-        let keeps = H::ELEMENT == Element::BF16 && self.config.score_mod.is_none();
-        if keeps {
-            moved.set(*look);
-            k.if_(*look, || {
+        let f16 = H::ELEMENT == Element::F16;
+        moved.set(*look);
+        // A score mod can make scores grow along the keys by any amount: ALiBi does, towards the diagonal. What two columns of
+        // sixteen show to all rows of the warp is enough, as neighbours differ by less than the 2⁶³ left.
+        if self.config.score_mod.is_some() {
+            let grown = self.sample(2).map(|(half, most)| most.fma(scale, -reference[half]).gt(64.0));
+            let [a, b] = grown;
+            moved.set(*moved | (a | b).any());
+        }
+        k.if_(*moved, || {
+            let row_max = [k.reg(), k.reg()];
+            let set = |found: [Reg<'k, f32>; 2]| (0..2).for_each(|half| row_max[half].set(found[half]));
+            if self.config.score_mod.is_some() {
+                set(self.row_max(1));
+            } else {
                 // Any score that the row sees is as good a reference as the largest, within what may be exceeded.
                 let some = (self.s.registers.len() / 16).max(1);
-                let row_max = [k.reg(), k.reg()];
-                let set = |found: [Reg<'k, f32>; 2]| (0..2).for_each(|half| row_max[half].set(found[half]));
                 k.if_else(self.partial, || set(self.row_max(1)), || set(self.row_max(some)));
-                self.refer_to(row_max);
-            });
-        } else {
-            let row_max = self.row_max(1);
-            let grown = [0, 1].map(|half| row_max[half].gt(reference[half] + 8.0));
-            moved.set((grown[0] | grown[1]).any());
-            k.if_(*moved, || self.refer_to(row_max));
-        }
+            }
+            self.refer_to(row_max);
+        });
         let base = [0, 1].map(|half| {
             let nothing = reference[half].eq(f32::NEG_INFINITY);
             nothing.select(0.0, -reference[half])
         });
+        let sums = if f16 { [k.var(0.0), k.var(0.0)] } else { *row_sum };
         for (i, &s) in self.s.registers.iter().enumerate() {
             let half = Fragment::half(i);
             s.set(s.fma(scale, base[half]).exp2());
-            row_sum[half].set(row_sum[half] + s);
+            sums[half].set(sums[half] + s);
         }
-        if keeps {
-            look.set(false);
+        look.set(false);
+        if f16 {
+            let nothing = reference.map(|reference| reference.eq(f32::NEG_INFINITY));
             let [a, b] = [0, 1].map(|half| {
-                row_sum[half].gt(f32::from_bits(0x4b80_0000)) | reference[half].eq(f32::NEG_INFINITY)
+                row_sum[half].set(row_sum[half] + sums[half]);
+                sums[half].gt(32768.0) | nothing[half]
             });
-            // A branch, so that ptxas leaves the exponentials before the wait for O += P·V.
-            k.if_((a | b).any(), || {
-                k.sync_warp();
-                look.set(true);
-            });
+            k.if_((a | b).any(), || self.lower_block(nothing));
+            return;
         }
+        let [a, b] = [0, 1].map(|half| {
+            row_sum[half].gt(f32::from_bits(0x4b80_0000)) | reference[half].eq(f32::NEG_INFINITY)
+        });
+        // A branch, so that ptxas leaves the exponentials before the wait for O += P·V.
+        k.if_((a | b).any(), || {
+            k.sync_warp();
+            look.set(true);
+        });
+    }
+
+    /// The block's exponentials to a new reference, their largest, where that is more than 1; and O, as if the block had been
+    /// looked at before.
+    fn lower_block(&self, nothing: [Reg<'k, bool>; 2]) {
+        let OnlineSoftmax { reference, row_sum, look, moved, factor } = &self.softmax;
+        look.set((nothing[0] | nothing[1]).any());
+        let most = self.s.reduce_rows(|a, b| a.max(b));
+        let roots = [0, 1].map(|half| {
+            let rise = most[half].max(1.0).log2();
+            let root = (rise * -0.5).exp2();
+            reference[half].set(reference[half] + rise);
+            row_sum[half].set(row_sum[half] * root * root);
+            factor[half].set(moved.select(factor[half], 1.0) * root);
+            root
+        });
+        for (i, &s) in self.s.registers.iter().enumerate() {
+            let root = roots[Fragment::half(i)];
+            s.set(s * root * root);
+        }
+        moved.set(true);
+    }
+
+    /// The largest of the thread's own scores in one column of each `step`th pair, by row.
+    fn sample(&self, step: usize) -> [(usize, Reg<'k, f32>); 2] {
+        [0, 1].map(|half| {
+            let some = self.s.registers.chunks(4).step_by(step).map(|chunk| chunk[2 * half]);
+            (half, some.reduce(|a, b| a.max(b)).unwrap_or(self.s.registers[0]))
+        })
     }
 
     /// The largest of every `step`th pair of scores of the block in the thread's rows, in base 2.

@@ -20,8 +20,9 @@
 //! 2. *A kept reference*: any reference of the exponents gives the exact result, as the division by l takes it out again. bf16
 //!    and f32 reach to 2¹²⁷, so the first block's is kept (the largest of a sample of its scores will do) until a sum passes
 //!    2²⁴; then the next block's maxima are looked at. What a single block overshoots overflows, shows, and is repaired. So most
-//!    blocks look for no maximum, and their exponentials begin at once. With f16, whose P reaches to 2¹⁶, and under score mods,
-//!    which may grow without bound, each block's maxima are looked at, and O is rescaled when one has grown by more than 2⁸.
+//!    blocks look for no maximum, and their exponentials begin at once. P in f16 reaches to 2¹⁶ only: a block whose sums pass 2¹⁵
+//!    goes to a new reference before it is rounded. Score mods may grow without bound: what a sample of each block shows to have
+//!    grown by 2⁶⁴ moves the reference.
 //! 3. *One stream of blocks*: the tensor cores do not wait where tiles meet. ptxas keeps the loop's state in uniform registers
 //!    only while no vote, loop or repair stands in it, so all that is rare comes after it.
 //! 4. *Q in registers* where they suffice: half of QKᵀ's reads of shared memory are gone. Elsewhere Q has two stages, if they fit.
@@ -85,8 +86,8 @@ pub struct FwdConfig {
     pub mask_program: Option<(Program, Vec<TableShape>)>,
     /// The score mod and its tables.
     pub score_mod: Option<(Program, Vec<TableShape>)>,
-    /// Whether scores are multiplied by the scale before anything else: needed by a score mod and by a scale that is not
-    /// positive (a maximum of scaled scores is the scaled maximum for a positive one only).
+    /// Whether scores are multiplied by the scale before anything else: needed by a score mod (unless it is one multiply-add) and by
+    /// a scale that is not positive (a maximum of scaled scores is the scaled maximum for a positive one only).
     pub prescaled: bool,
     /// Whether all lengths are below 2²², with a score mod: its indices then are floats early (`ProgramEmitter::with_small_indices`).
     pub small_indices: bool,

@@ -244,13 +244,14 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         for bits in [16, 8, 4, 2, 1] {
             score = score + score.shfl_bfly(bits);
         }
-        if config.prescaled {
-            score = score * (params.scale * if config.score_mod.is_some() { 1.0 } else { LOG2_E });
-        }
         if let Some((program, _)) = &config.score_mod {
+            score = score * params.scale;
             let element = Element { row: 0, column: 0, q: row.index.bits(), kv: key.bits(), kv_offset: None };
             let mut emitter = ProgramEmitter::new(k, program, &params.score_tables, self.place(tile).place);
-            score = emitter.float(&element, score) * LOG2_E;
+            return emitter.float(&element, score) * LOG2_E;
+        }
+        if config.prescaled {
+            score = score * (params.scale * LOG2_E);
         }
         score * self.scale
     }
