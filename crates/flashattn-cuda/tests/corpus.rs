@@ -16,11 +16,15 @@ use flashattn_cuda::kernels::{CopyConfig, FwdConfig, copy_rows, flash_fwd_sm90};
 use flashattn_cuda::plan::{Argument, Feature, ForwardPlan, PlanError, Strides, Tensor};
 use flashattn_cuda::stage::{Layout, Location, StagedPlan};
 use flashattn_spec::mask::Mask;
+use flashattn_spec::reference::forward;
 use flashattn_spec::score_mod::ScoreMod;
 use flashattn_spec::suite::{
     Case, ExecError, Executor, InputKind, Place, Report, Runner, corpus, random_cases,
 };
-use flashattn_spec::{AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs};
+use flashattn_spec::{
+    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
+};
+use half::bf16;
 use ptx::Kernel;
 use ptx::emulate::{Arg, Launch, Memory, emulate};
 
@@ -286,6 +290,41 @@ fn kept_references_in_the_emulator() {
         }
     }
     only(&run(&Emulator::default(), &cases), &[]);
+}
+
+/// Products that overflow to −∞ where the first block's scores are sampled, and for other keys do not: these count, whether exp(score)
+/// is a number of its own (head 0) or only against a reference (head 1).
+#[test]
+fn overflow_of_what_is_sampled_in_the_emulator() {
+    let [n, heads, d] = [384, 2, 64];
+    let problem = AttentionProblem::new(1, n, heads, d, DType::Bf16);
+    let shape = problem.q_shape();
+    let tensor = |value: &dyn Fn(usize, usize, usize) -> f32| -> Vec<bf16> {
+        let at = |i: usize| value(i / (heads * d), i / d % heads, i % d);
+        (0..n * heads * d).map(|i| bf16::from_f32(at(i))).collect()
+    };
+    let q = tensor(&|_, _, c| if c == 0 { 1e20 } else { 1.0 });
+    // All even groups of eight keys, from block to block.
+    let k = tensor(&|j, head, c| match c {
+        0 if j / 8 % 2 == 0 => -3e20,
+        1 if head == 1 => -2000.0 - 8.0 * (j / 64) as f32,
+        2 => (j % 13) as f32,
+        _ => 0.0,
+    });
+    let v = tensor(&|j, _, c| ((j + 3 * c) % 17) as f32 / 8.0 - (j / 100) as f32);
+    let view = |data| View::new(data, shape).expect("as long as the shape says");
+    let inputs = Inputs { q: view(&q), k: view(&k), v: view(&v), sinks: None };
+    let expected = forward(&problem, &inputs).expect("a valid problem");
+    let (mut o, mut lse) = (vec![bf16::NAN; n * heads * d], vec![f32::NAN; problem.lse_len()]);
+    let mut outputs =
+        Outputs { o: ViewMut::new(&mut o, shape).expect("as long as the shape says"), lse: &mut lse };
+    Emulator::default().forward(&problem, &inputs, &mut outputs).expect("runs");
+    for (i, (got, want)) in o.iter().zip(&expected.o).enumerate() {
+        assert!((f64::from(got.to_f32()) - want).abs() < 0.03, "{i}: {got} instead of {want}");
+    }
+    for (got, want) in lse.iter().zip(&expected.lse) {
+        assert!((f64::from(*got) - want).abs() < 1e-3, "lse {got} instead of {want}");
+    }
 }
 
 #[test]

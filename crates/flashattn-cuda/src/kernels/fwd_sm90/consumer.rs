@@ -419,9 +419,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             if self.config.score_mod.is_some() {
                 set(self.row_max(1));
             } else {
-                // Any score that the row sees is as good a reference as the largest, within what may be exceeded.
-                let some = (self.s.registers.len() / 16).max(1);
-                k.if_else(self.partial, || set(self.row_max(1)), || set(self.row_max(some)));
+                // Any score that the row sees is as good a reference as the largest, within what may be exceeded; −∞ is none, to
+                // which products of what is sampled may overflow while others do not.
+                set(self.row_max((self.s.registers.len() / 16).max(1)));
+                let [a, b] = row_max.map(|most| most.eq(f32::NEG_INFINITY));
+                k.if_(self.partial | (a | b).any(), || set(self.row_max(1)));
             }
             self.refer_to(row_max);
         });
