@@ -209,7 +209,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores.
     fn dk_from_registers(&self) -> bool {
-        self.keeps_scores() || self.config.split == Split::Keys && self.config.tile_m == 128
+        let config = self.config;
+        let enough =
+            !config.busy_producers() && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
+        self.keeps_scores() || config.split == Split::Keys && config.tile_m == 128 && enough
     }
 
     /// Whether no product of a warpgroup needs the other's dS, so that it stays in registers.
