@@ -287,10 +287,13 @@ fn gpus_refuse_by_name_and_their_kernels_are_shown() {
     let message = refused(&format!("run {} -o {} --device cuda", path.display(), out.display()));
     assert!(message.contains("f32 (expected bf16 or f16) is not supported on cuda:0") && !out.exists());
     assert!(refused("bench --device cuda:999 --pass bwd --shapes 64,1,512").contains("cuda:999: "));
-    let report = json_of("ptx --pass bwd --causal --seqlen 1000 --head-dim 128 --heads 4 --json");
+    let line = "ptx --pass bwd --causal --seqlen 2000 --head-dim 128 --heads 4 --json";
+    let report = json_of(line);
     assert!(report["kernel"].as_str().is_some_and(|name| name.starts_with("flash_bwd_sm90_bf16_128")));
-    // dq in f32 and two numbers for each row of queries, in tiles of 64.
-    assert_eq!(report["workspace_bytes"], 4 * 1024 * (128 + 2) * 4);
+    // dq in f32 and two numbers for each row of queries, in tiles of 64; the numbers alone where dq is not added up.
+    assert_eq!(report["workspace_bytes"], 4 * 2048 * (128 + 2) * 4);
+    let report = json_of(&format!("{line} --deterministic"));
+    assert_eq!(report["workspace_bytes"], 4 * 2048 * 2 * 4);
     assert!(refused("ptx --pass fwd_bwd").contains("one of fwd and bwd"));
     let report = json_of("ptx --causal --seqlen 1000 --head-dim 64 --heads 4 --kv-heads 2 --batch 3 --json");
     assert_eq!(report["kernel"], "flash_fwd_sm90_bf16_64_64_causal");
