@@ -90,12 +90,6 @@ impl Builder {
         self.push(instr::FENCE_PROXY_ASYNC, &[], &[]);
     }
 
-    /// Orders this thread's ordinary accesses to global memory with its bulk copies.
-    #[track_caller]
-    pub fn fence_proxy_async_global(&self) {
-        self.push(instr::FENCE_PROXY_ASYNC_GLOBAL, &[], &[]);
-    }
-
     // ---- TMA ----------------------------------------------------------------------------------------------------
 
     fn tensor<'k>(&'k self, map: Address<'k, u64>, at: &[Reg<'k, i32>]) -> Vec<Operand> {

@@ -366,8 +366,6 @@ pub enum WarpOp {
     MbarrierWait,
     /// Generic-proxy accesses to shared memory before it are seen by async-proxy accesses after it.
     FenceProxyAsync,
-    /// Order ordinary and asynchronous accesses to global memory.
-    FenceProxyAsyncGlobal,
     /// mbarrier initialisations before it are seen by the cluster and the async proxy.
     FenceMbarrierInit,
     /// Orders this thread's accesses at device scope.
@@ -859,7 +857,6 @@ rows! {
     MBARRIER_WAIT "{\n\t.reg .pred done;\nAGAIN:\n\tmbarrier.try_wait.parity.shared::cta.b64 done, [u32], u32;\n\t@done bra DONE;\n\tbra AGAIN;\nDONE:\n\t}"
         Sm90 Sync Warp(W::MbarrierWait);
     FENCE_PROXY_ASYNC "fence.proxy.async.shared::cta" Sm90 Sync Warp(W::FenceProxyAsync);
-    FENCE_PROXY_ASYNC_GLOBAL "fence.proxy.async.global" Sm90 Sync Warp(W::FenceProxyAsyncGlobal);
     FENCE_MBARRIER_INIT "fence.mbarrier_init.release.cluster" Sm90 Sync Warp(W::FenceMbarrierInit);
 
     // Bulk copies without a tensor map. Sizes and addresses are multiples of 16 bytes.

@@ -57,7 +57,6 @@ impl<'a> Cluster<'a> {
             W::MbarrierTryWait => return self.mbarrier_wait(cx, false),
             W::MbarrierWait => return self.mbarrier_wait(cx, true),
             // Global memory's order is checked by releases and acquires alone.
-            W::FenceProxyAsyncGlobal => {}
             W::FenceProxyAsync => {
                 self.fence_mbarriers(cx.warp);
                 self.warps[cx.warp].proxy_fence();
