@@ -183,7 +183,8 @@ fn runs_are_captured_into_graphs() {
         capturing.synchronize().expect("waits");
         let handle: sys::CUstream = capturing.raw().cast();
         let (mut graph, mut executable) = (std::ptr::null_mut(), std::ptr::null_mut());
-        // SAFETY: the stream lives; thread-local mode: anything but launches by this thread would fail.
+        // SAFETY: the stream lives; thread-local mode: anything but launches by this thread would fail. (In global mode, too, what
+        // other tests' threads do meanwhile.)
         unsafe {
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
             sys::cuStreamBeginCapture_v2(handle, mode).result().expect("begins");

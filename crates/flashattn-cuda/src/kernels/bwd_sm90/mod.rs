@@ -16,8 +16,8 @@
 //! postprocess, a block for each (m_block, head, batch):  dQ = scale·dQ'
 //! ```
 //!
-//! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. It is as fast at
-//! head_dim 256 and gives the same bits in every run.
+//! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. That is faster
+//! at head_dim 256 and gives the same bits in every run.
 //!
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the

@@ -17,14 +17,14 @@
 use std::f32::consts::LOG2_E;
 
 use ptx::build::{Address, Builder, Half, Reg};
-use ptx::instr::{AtomOp, Order, WgmmaShape};
+use ptx::instr::WgmmaShape;
 use ptx::{B32, Fragment, Kernel, Mbarrier, Pipeline, PipelineState, Target, TileLayout, WgmmaA, build};
 
 use super::elements::{Formula, Given, place};
 use super::exact::Exact;
 use super::output::Rows;
 use super::postprocess::sum_sinks;
-use super::work::{Loads, Sequence, Work};
+use super::work::{Loads, Sequence, Work, tell_or_hear};
 use super::{BwdConfig, CONSUMERS, Params};
 use crate::kernels::program::{Element, ProgramEmitter};
 
@@ -305,28 +305,18 @@ impl<'k> Items<'_, 'k> {
         }
         let (items, item_state) = (shared.item_pipeline, shared.item_pipeline.start(k));
         let (once_state, state) = (once.start(k), pipeline.start(k));
-        // The counter goes back to zero by itself: each block takes one number too many, and `inc` wraps after the last.
-        let limit = self.each() * params.heads_q * params.batch + (k.nctaid(0) - 1);
-        let take = || params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed);
+        let all = self.each() * params.heads_q * params.batch;
+        let take = || self.work.take(all);
         let next = (what == Loads::Queries).then(|| k.var(take()));
         k.loop_(|| {
-            let item = match next {
-                Some(next) => {
-                    let item = self.item(next);
-                    // Asked for now, so that it is there when this item has been loaded.
-                    k.if_(item.exists.ne(0), || next.set(take()));
-                    items.producer_wait(k, item_state);
-                    self.tell(shared, item_state.index, &item);
-                    items.full(item_state).arrive(k);
-                    item
-                }
-                None => {
-                    items.consumer_wait(k, item_state);
-                    let item = self.told(shared, item_state.index);
-                    items.consumer_release(k, item_state.index, k.var(0u32));
-                    item
-                }
-            };
+            let taken = next.map(|next| {
+                let item = self.item(next);
+                // Asked for now, so that it is there when this item has been loaded.
+                k.if_(item.exists.ne(0), || next.set(take()));
+                item
+            });
+            let (slot, tell) = (item_state.index, |item: &_| self.tell(shared, item_state.index, item));
+            let item = tell_or_hear(k, items, item_state, taken, tell, || self.told(shared, slot));
             k.break_if(item.exists.eq(0));
             item_state.advance();
             k.if_(item.blocks.ne(0), || {

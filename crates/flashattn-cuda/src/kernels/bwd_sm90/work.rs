@@ -2,7 +2,7 @@
 
 use ptx::build::{Address, Builder, Reg};
 use ptx::instr::{AtomOp, Order};
-use ptx::{Mbarrier, TileLayout};
+use ptx::{Mbarrier, Pipeline, PipelineState, TileLayout};
 
 use super::{BwdConfig, Params, Shared};
 
@@ -50,6 +50,28 @@ pub(super) struct QueryBlock<'k> {
     pub m_block: Reg<'k, u32>,
     pub head: Reg<'k, u32>,
     pub batch: Reg<'k, u32>,
+}
+
+/// An item as both producers get it: the one that has `taken` it tells it, while the consumers are at the item before; the other
+/// hears of it.
+pub(super) fn tell_or_hear<'k, T>(
+    k: &'k Builder,
+    items: Pipeline<'k>,
+    state: PipelineState<'k>,
+    taken: Option<T>,
+    tell: impl FnOnce(&T),
+    told: impl FnOnce() -> T,
+) -> T {
+    if let Some(item) = taken {
+        items.producer_wait(k, state);
+        tell(&item);
+        items.full(state).arrive(k);
+        return item;
+    }
+    items.consumer_wait(k, state);
+    let item = told();
+    items.consumer_release(k, state.index, k.var(0u32));
+    item
 }
 
 /// What a launch has to do.
@@ -269,30 +291,16 @@ impl<'a, 'k> Work<'a, 'k> {
         let (items, item_state) = (shared.item_pipeline, shared.item_pipeline.start(k));
         let (once_state, state) = (once.start(k), pipeline.start(k));
         let stats_bytes = config.stats_bytes();
-        let next = match what {
-            Loads::Queries => Some(k.var(self.take())),
-            Loads::Gradients => None,
-        };
+        let next = (what == Loads::Queries).then(|| k.var(self.take(self.items())));
         k.loop_(|| {
-            let item = match next {
-                Some(next) => {
-                    let item = self.item(next);
-                    let done = item.exists.eq(0);
-                    // Asked for now, so that it is there when this item has been loaded.
-                    k.if_(!done, || next.set(self.take()));
-                    // While the consumers are at the item before.
-                    items.producer_wait(k, item_state);
-                    self.tell(shared, item_state.index, &item);
-                    items.full(item_state).arrive(k);
-                    item
-                }
-                None => {
-                    items.consumer_wait(k, item_state);
-                    let item = self.told(shared, item_state.index);
-                    items.consumer_release(k, item_state.index, k.var(0u32));
-                    item
-                }
-            };
+            let taken = next.map(|next| {
+                let item = self.item(next);
+                // Asked for now, so that it is there when this item has been loaded.
+                k.if_(item.exists.ne(0), || next.set(self.take(self.items())));
+                item
+            });
+            let (slot, tell) = (item_state.index, |item: &_| self.tell(shared, item_state.index, item));
+            let item = tell_or_hear(k, items, item_state, taken, tell, || self.told(shared, slot));
             k.break_if(item.exists.eq(0));
             item_state.advance();
             let batch = self.batch(item.batch);
@@ -327,12 +335,16 @@ impl<'a, 'k> Work<'a, 'k> {
         });
     }
 
-    /// The next item's number. The counter goes back to zero by itself: each block takes one number too many, and `inc` wraps
-    /// after the last.
-    fn take(&self) -> Reg<'k, u32> {
-        let params = self.params;
-        let limit = params.heads_kv * params.batch * self.n_blocks() + (self.k.nctaid(0) - 1);
-        params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed)
+    /// Items of the launch.
+    fn items(&self) -> Reg<'k, u32> {
+        self.params.heads_kv * self.params.batch * self.n_blocks()
+    }
+
+    /// The next item's number, of so many. The counter goes back to zero by itself: each block takes one number too many, and
+    /// `inc` wraps after the last.
+    pub fn take(&self, items: Reg<'k, u32>) -> Reg<'k, u32> {
+        let limit = items + (self.k.nctaid(0) - 1);
+        self.params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed)
     }
 
     /// Asks for all panels of a tile.
