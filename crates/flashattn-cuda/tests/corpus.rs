@@ -386,7 +386,7 @@ fn ptxas_takes_every_config() {
         let mut long = p.clone();
         if p.varlen.is_none()
             && matches!(p.mask, Mask::Full | Mask::Causal)
-            && matches!(p.score_mod, ScoreMod::None | ScoreMod::Alibi(_))
+            && matches!(p.score_mod, ScoreMod::None | ScoreMod::SoftCap(_) | ScoreMod::Alibi(_))
         {
             long.seqlen_k = 8192;
         }
