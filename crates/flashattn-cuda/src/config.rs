@@ -191,17 +191,17 @@ pub fn backward_sm90(head_dim: usize, head_dim_v: usize, programs: usize) -> Opt
 }
 
 /// How many (head, sequence) pairs walk along together: KV heads, of `bytes` of keys and values each, with all `group` query
-/// heads that share them. Under a mask tiles differ in length, and the longest of several heads go first; their keys and
-/// values should stay in L2 (50 MB) nearly.
+/// heads that share them. Under a mask tiles differ in length, and the longest of several heads go first: the more heads, the more
+/// even. Those whose keys and values stay in L2 (50 MB) may be more.
 pub fn head_group(bytes: u64, group: u64, masked: bool) -> u64 {
-    let heads = if masked { ((64 << 20) / bytes.max(1)).clamp(1, 8) } else { 2 };
+    let heads = if masked { ((32 << 20) / bytes.max(1)).clamp(16, 32) } else { 2 };
     (1 << heads.ilog2()) * group
 }
 
 /// The same for the backward pass: (KV head, sequence) pairs, of `bytes` of queries and gradients of o each. Without a mask one
 /// after the other is fastest.
 pub fn backward_head_group(bytes: u64, masked: bool) -> u64 {
-    let heads = if masked { ((32 << 20) / bytes.max(1)).clamp(2, 4) } else { 1 };
+    let heads = if masked { ((32 << 20) / bytes.max(1)).clamp(2, 16) } else { 1 };
     1 << heads.ilog2()
 }
 
@@ -239,17 +239,17 @@ mod tests {
 
     #[test]
     fn groups_are_of_whole_kv_heads() {
-        assert_eq!(head_group(8 << 20, 1, true), 8);
-        assert_eq!(head_group(16 << 20, 4, true), 4 * 4);
-        assert_eq!(head_group(1 << 40, 8, true), 8);
-        assert_eq!(head_group(0, 1, true), 8);
+        assert_eq!(head_group(1 << 20, 1, true), 32);
+        assert_eq!(head_group(3 << 19, 4, true), 16 * 4);
+        assert_eq!(head_group(1 << 40, 8, true), 16 * 8);
+        assert_eq!(head_group(0, 1, true), 32);
         assert_eq!(head_group(1 << 40, 3, false), 2 * 3);
     }
 
     #[test]
     fn groups_of_the_backward_pass_are_few() {
         let groups = [4 << 20, 8 << 20, 16 << 20, 1 << 40, 0].map(|bytes| backward_head_group(bytes, true));
-        assert_eq!(groups, [4, 4, 2, 2, 4]);
+        assert_eq!(groups, [8, 4, 2, 2, 16]);
         assert_eq!(backward_head_group(4 << 20, false), 1);
     }
 

@@ -124,6 +124,38 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.pack_and_issue_values(&block);
             }
         };
+        // The scores of a block are issued before the gradients of the one before.
+        let ahead = |left: Reg<'k, u32>| {
+            shared.q_pipeline.consumer_wait(k, state);
+            k.wgmma_fence();
+            self.scores(state.index);
+            k.wgmma_commit();
+            shared.v_pipeline.consumer_wait(k, v_state);
+            k.loop_(|| {
+                block.stage.set(state.index);
+                shared.do_pipeline.consumer_wait(k, do_state);
+                k.wgmma_fence();
+                self.d_probabilities(&block);
+                k.wgmma_commit();
+                self.gradients_of_scores(&block);
+                state.advance();
+                left.set(left - 1);
+                k.break_if(left.eq(0));
+                shared.q_pipeline.consumer_wait(k, state);
+                // After the wait's loop, across which ptxas moves no conversions to where registers are scarce.
+                values();
+                k.wgmma_fence();
+                self.scores(state.index);
+                k.wgmma_commit();
+                // dV has its operand in registers, which dQ' needs.
+                k.wgmma_wait(1);
+                products();
+            });
+            values();
+            k.wgmma_wait(0);
+            shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+            products();
+        };
         k.loop_(|| {
             shared.item_pipeline.consumer_wait(k, self.item);
             let item = self.item();
@@ -134,35 +166,22 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             let left = k.var(item.blocks);
             k.if_(left.ne(0), || {
                 shared.k_pipeline.consumer_wait(k, k_state);
-                shared.q_pipeline.consumer_wait(k, state);
-                k.wgmma_fence();
-                self.scores(state.index);
-                k.wgmma_commit();
-                shared.v_pipeline.consumer_wait(k, v_state);
-                k.loop_(|| {
-                    block.stage.set(state.index);
-                    shared.do_pipeline.consumer_wait(k, do_state);
-                    k.wgmma_fence();
-                    self.d_probabilities(&block);
-                    k.wgmma_commit();
-                    self.gradients_of_scores(&block);
-                    state.advance();
-                    left.set(left - 1);
-                    k.break_if(left.eq(0));
-                    shared.q_pipeline.consumer_wait(k, state);
-                    // After the wait's loop, across which ptxas moves no conversions to where registers are scarce.
-                    values();
-                    k.wgmma_fence();
-                    self.scores(state.index);
-                    k.wgmma_commit();
-                    // dV has its operand in registers, which dQ' needs.
-                    k.wgmma_wait(1);
-                    products();
-                });
-                values();
-                k.wgmma_wait(0);
-                shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                products();
+                if self.in_order() {
+                    shared.v_pipeline.consumer_wait(k, v_state);
+                    k.loop_(|| {
+                        block.stage.set(state.index);
+                        self.block_in_order(&block, state, do_state);
+                        state.advance();
+                        if let Some(own) = own {
+                            own.advance();
+                        }
+                        left.set(left - 1);
+                        k.break_if(left.eq(0));
+                    });
+                    shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                } else {
+                    ahead(left);
+                }
                 shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
                 k_state.phase.set(k_state.phase ^ 1);
                 v_state.phase.set(v_state.phase ^ 1);
@@ -174,6 +193,47 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.item.advance();
             self.write(&item);
         });
+    }
+
+    /// Whether a block's products follow one after the other, none of the next block's among them: that leaves registers for dS, so
+    /// that dK does not read it from shared memory, which has more to do than the tensor cores.
+    fn in_order(&self) -> bool {
+        let config = self.config;
+        config.split == Split::Keys && config.tile_m == 64 && !config.own_dq && !config.programs()
+    }
+
+    /// A block in that order.
+    fn block_in_order(&self, block: &Block<'k>, q_state: PipelineState<'k>, do_state: PipelineState<'k>) {
+        let (k, shared) = (self.k, self.shared);
+        shared.q_pipeline.consumer_wait(k, q_state);
+        k.wgmma_fence();
+        self.scores(q_state.index);
+        k.wgmma_commit();
+        shared.do_pipeline.consumer_wait(k, do_state);
+        k.wgmma_fence();
+        self.d_probabilities(block);
+        k.wgmma_commit();
+        k.wgmma_wait(1);
+        self.probabilities(block);
+        k.wgmma_wait(0);
+        self.d_scores(block);
+        self.store(&self.ds, shared.ds + block.do_stage * self.config.scores().bytes());
+        self.pack_and_issue_values(block);
+        k.fence_proxy_async();
+        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+        k.bar_sync(self.scores_barrier(block, self.group), 128 * CONSUMERS);
+        k.wgmma_fence();
+        self.d_queries(block);
+        k.wgmma_commit();
+        k.wgmma_wait(1);
+        shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
+        k.wgmma_fence();
+        self.d_keys(block);
+        k.wgmma_commit();
+        k.wgmma_wait(1);
+        self.add_dq(block);
+        k.wgmma_wait(0);
+        shared.q_pipeline.consumer_release(k, block.stage, self.lane);
     }
 
     /// P and dS as operands, and both where the products need them. On entry S and dP are in flight, the older first.
@@ -212,7 +272,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let config = self.config;
         let enough =
             !config.busy_producers() && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
-        self.keeps_scores() || config.split == Split::Keys && config.tile_m == 128 && enough
+        self.keeps_scores()
+            || config.split == Split::Keys && (config.tile_m == 128 || self.in_order()) && enough
     }
 
     /// Whether no product of a warpgroup needs the other's dS, so that it stays in registers.
