@@ -252,6 +252,7 @@ fn every_row_of_the_table_in_the_emulator() {
                     Extras::None => p.dropout.is_none() && !mask && !score_mod,
                     Extras::Score | Extras::ScoreF16 | Extras::Slope => p.dropout.is_none() && !mask,
                     Extras::Mask => p.dropout.is_none() && !score_mod,
+                    Extras::Dropout => !mask && !score_mod,
                     Extras::Programs => true,
                 }
         };

@@ -180,20 +180,21 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn gradients_of_scores(&self, block: &Block<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
         let at = block.do_stage * config.scores().bytes();
+        let kept = self.kept(block);
         if config.programs() {
             k.wgmma_wait(0);
-            self.elements(block);
+            self.elements(block, kept.as_ref());
         } else if self.values_early() {
             k.wgmma_wait(1);
             self.probabilities(block);
             self.pack_and_issue_values(block);
             k.wgmma_wait(1);
-            self.d_scores(block);
+            self.d_scores(block, None);
         } else {
             k.wgmma_wait(1);
             self.probabilities(block);
             k.wgmma_wait(0);
-            self.d_scores(block);
+            self.d_scores(block, kept.as_ref());
         }
         if self.keeps_scores() {
             return;
@@ -210,8 +211,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores.
     fn dk_from_registers(&self) -> bool {
         let config = self.config;
-        let enough =
-            !config.busy_producers() && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
+        let enough = !config.busy_producers()
+            && !config.dropout
+            && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
         self.keeps_scores() || config.split == Split::Keys && config.tile_m == 128 && enough
     }
 
@@ -225,9 +227,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         block.do_stage * CONSUMERS + group + SCORES
     }
 
-    /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
+    /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP. With dropout dS
+    /// needs what is dropped of P, too.
     fn values_early(&self) -> bool {
-        self.config.split == Split::Keys && self.config.tile_m == 64 && !self.config.busy_producers()
+        let config = self.config;
+        config.split == Split::Keys && config.tile_m == 64 && !config.busy_producers() && !config.dropout
     }
 
     /// Issues dV with P as an operand in registers.

@@ -10,6 +10,7 @@ use super::repair::RowEnd;
 use super::work::{Blocks, Work, WorkTile};
 use super::{FwdConfig, Params, Shared};
 use crate::kernels::fragment::Scores;
+use crate::kernels::philox::Kept;
 use crate::kernels::program::{Place, Slope};
 
 /// Statistics of the thread's two rows, in base 2: the reference that exponents are taken against (once any key was
@@ -119,12 +120,13 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_fence();
             self.scores(q_state, k_state);
             k.wgmma_commit();
+            let kept = self.kept(&tile);
             k.wgmma_wait(0);
             shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
             k_state.advance();
             self.modify_and_mask(&tile);
             self.exponentiate();
-            self.probabilities(&tile);
+            self.probabilities(kept);
             let switch = k.reg::<bool>();
             k.loop_(|| {
                 left.set(left - 1);
@@ -154,6 +156,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.values(v_state);
                 k.wgmma_commit();
                 self.pass_turn();
+                let kept = self.kept(&tile);
                 k.wgmma_wait(1);
                 shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
                 k_state.advance();
@@ -162,7 +165,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.wgmma_wait(0);
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
                 v_state.advance();
-                self.probabilities(&tile);
+                self.probabilities(kept);
                 k.if_else(
                     switch,
                     || {
@@ -509,10 +512,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
+    /// What dropout keeps of the block, which needs nothing of its scores.
+    fn kept(&self, tile: &WorkTile<'k>) -> Option<Kept<'k>> {
+        self.params.dropout.as_ref().map(|dropout| self.place(tile).kept(dropout))
+    }
+
     /// P, dropped out and rounded.
-    fn probabilities(&self, tile: &WorkTile<'k>) {
-        if let Some(dropout) = &self.params.dropout {
-            self.place(tile).drop_out(dropout.seed, dropout.threshold);
+    fn probabilities(&self, kept: Option<Kept<'k>>) {
+        if let Some(kept) = kept {
+            for (i, &p) in self.s.registers.iter().enumerate() {
+                p.set(kept.at(i).select(p, 0.0));
+            }
         }
         for (step, registers) in self.p.iter().enumerate() {
             for (&register, value) in registers.iter().zip(self.s.a_operand::<H>(self.k, step)) {
