@@ -86,7 +86,7 @@ impl<'k> Scores<'_, 'k> {
     }
 
     /// What dropout keeps of them.
-    pub fn kept(&self, dropout: &Dropout<'k>) -> Kept<'k> {
-        dropout.kept(&self.place, self.q.bits(), self.kv.bits(), self.fragment.columns())
+    pub fn keep(&self, kept: &Kept<'k>, dropout: &Dropout<'k>) {
+        dropout.keep(kept, &self.place, self.q.bits(), self.kv.bits());
     }
 }

@@ -24,6 +24,8 @@ pub struct Dropout<'k> {
 /// Which registers of a thread's fragment are kept: a bit each, of 32 in a word.
 pub struct Kept<'k> {
     words: Vec<Reg<'k, u32>>,
+    /// Of the fragment.
+    columns: u32,
 }
 
 impl<'k> Dropout<'k> {
@@ -47,12 +49,12 @@ impl<'k> Dropout<'k> {
         (kv & 2).ne(0).select(odd.select(d, c), odd.select(b, a)).ge(self.threshold)
     }
 
-    /// Of a fragment of `columns` keys, a multiple of 16, whose rows are queries: `q` and `kv` are the thread's first, and those
-    /// of the block multiples of 8. By whole warps.
-    pub fn kept(&self, place: &Place<'k>, q: Reg<'k, u32>, kv: Reg<'k, u32>, columns: u32) -> Kept<'k> {
+    /// Of a fragment whose rows are queries, of a multiple of 16 keys: `q` and `kv` are the thread's first, and those of the block
+    /// multiples of 8. By whole warps.
+    pub fn keep(&self, kept: &Kept<'k>, place: &Place<'k>, q: Reg<'k, u32>, kv: Reg<'k, u32>) {
         // Lanes 2i and 2i + 1 share the counters of both rows. Each takes every other eight keys, of which it has two of four.
         let fourth = (kv >> 2) + (q.builder().lane() & 1) * 2;
-        self.words(columns, |own, eights| {
+        self.words(kept, |own, eights| {
             for eight in eights.clone().step_by(2) {
                 for row in 0..2 {
                     let kept = self.four(place, q + 8 * row, fourth + 2 * eight);
@@ -61,45 +63,42 @@ impl<'k> Dropout<'k> {
                 }
             }
             exchange(own, 1, 4)
-        })
+        });
     }
 
-    /// The same of a fragment of `columns` queries whose rows are keys.
-    pub fn kept_transposed(
-        &self,
-        place: &Place<'k>,
-        q: Reg<'k, u32>,
-        kv: Reg<'k, u32>,
-        columns: u32,
-    ) -> Kept<'k> {
+    /// The same of a fragment whose rows are keys.
+    pub fn keep_transposed(&self, kept: &Kept<'k>, place: &Place<'k>, q: Reg<'k, u32>, kv: Reg<'k, u32>) {
         // Lanes that differ in bits 2 and 3 share counters. Of the four registers of eight queries, two of each row, each takes one.
         let register = (q.builder().lane() >> 2) & 3;
         let (fourth, q) = ((kv >> 2) + (register & 2), q + (register & 1));
-        self.words(columns, |own, eights| {
+        self.words(kept, |own, eights| {
             for eight in eights.clone() {
                 let first = (eight - eights.start) * 4;
                 set_bits(own, self.four(place, q + 8 * eight, fourth), [0, 1, 2, 3].map(|key| first + key));
             }
             exchange(exchange(own, 4, 1), 8, 2)
-        })
+        });
     }
 
-    /// Of `columns` in eights what `bits` makes of up to eight of these and a word, 0 at first.
-    fn words(&self, columns: u32, bits: impl Fn(Reg<'k, u32>, Range<u32>) -> Reg<'k, u32>) -> Kept<'k> {
+    /// Of the fragment's columns in eights what `bits` makes of up to eight of these and a word, 0 at first.
+    fn words(&self, kept: &Kept<'k>, bits: impl Fn(Reg<'k, u32>, Range<u32>) -> Reg<'k, u32>) {
         let k = self.threshold.builder();
-        let eights = (0..columns / 8).step_by(8).map(|first| first..(first + 8).min(columns / 8));
-        let words: Vec<_> = eights.clone().map(|_| k.var(u32::MAX)).collect();
+        kept.words.iter().for_each(|word| word.set(u32::MAX));
         // No word is below 0. And ptxas moves nothing to before a branch: the products issued there are to run meanwhile.
         k.if_(self.threshold.ne(0), || {
-            for (word, eights) in words.iter().zip(eights) {
-                word.set(bits(k.var(0u32), eights));
+            for (i, word) in (0..).zip(&kept.words) {
+                word.set(bits(k.var(0u32), 8 * i..(8 * i + 8).min(kept.columns / 8)));
             }
         });
-        Kept { words }
     }
 }
 
 impl<'k> Kept<'k> {
+    /// Not yet written.
+    pub fn new(k: &'k Builder, columns: u32) -> Self {
+        Kept { words: k.regs(columns.div_ceil(64) as usize), columns }
+    }
+
     /// Whether the fragment's register `i` is kept.
     pub fn at(&self, i: usize) -> Reg<'k, bool> {
         (self.words[i / 32] & (1 << (i % 32))).ne(0)
@@ -171,10 +170,11 @@ mod tests {
                     kv_start: zero,
                 };
                 let (row, column) = (Fragment::row(k), Fragment::column(k));
-                let kept = match transposed {
-                    true => dropout.kept_transposed(&place, q + column, kv + row, columns),
-                    false => dropout.kept(&place, q + row, kv + column, columns),
-                };
+                let kept = Kept::new(k, columns);
+                match transposed {
+                    true => dropout.keep_transposed(&kept, &place, q + column, kv + row),
+                    false => dropout.keep(&kept, &place, q + row, kv + column),
+                }
                 for i in 0..columns / 2 {
                     let kept = kept.at(i as usize).select(1u32, 0u32);
                     (k.tid(0) + 128 * i).mad_wide(4, out).address().store(kept);

@@ -5,6 +5,7 @@ use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
 use super::work::{Work, WorkItem};
 use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
+use crate::kernels::philox::Kept;
 
 /// First of the named barriers, one for each stage and warpgroup: the other warpgroup's dS is there. Two blocks' are
 /// never the same, since one warpgroup may say so of a block before the other has waited for the one before.
@@ -47,6 +48,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub query: Reg<'k, u32>,
     /// Sᵀ, then Pᵀ; dPᵀ, then dSᵀ; and both as operands.
     pub s: Fragment<'k>,
+    /// Of S, if there is dropout.
+    pub kept: Kept<'k>,
     pub dp: Fragment<'k>,
     pub p: Vec<[Reg<'k, H>; 4]>,
     pub ds: Vec<[Reg<'k, H>; 4]>,
@@ -76,6 +79,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             key: keys + Fragment::row(k),
             query: queries + Fragment::column(k),
             s: Fragment::new(k, columns),
+            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dp: Fragment::new(k, columns),
             p: fragments(columns / 16),
             ds: fragments(columns / 16),
@@ -96,7 +100,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let do_state = own.unwrap_or(state);
         let stage = k.var(0u32);
         let block = Block { stage, do_stage: own.map_or(stage, |own| own.index) };
-        let products = || {
+        let products = |next: Option<Block<'k>>| {
             if !self.keeps_scores() {
                 k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
             }
@@ -110,6 +114,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_commit();
             self.d_keys(&block);
             k.wgmma_commit();
+            // Nowhere are more products on their way, and dP's registers are free.
+            if let Some(next) = next {
+                self.keep(&next);
+            }
             k.wgmma_wait(1);
             shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
             if let Some(own) = own {
@@ -138,6 +146,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.wgmma_fence();
                 self.scores(state.index);
                 k.wgmma_commit();
+                self.keep(&Block { stage: state.index, ..block });
                 shared.v_pipeline.consumer_wait(k, v_state);
                 k.loop_(|| {
                     block.stage.set(state.index);
@@ -157,12 +166,12 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                     k.wgmma_commit();
                     // dV has its operand in registers, which dQ' needs.
                     k.wgmma_wait(1);
-                    products();
+                    products(Some(Block { stage: state.index, ..block }));
                 });
                 values();
                 k.wgmma_wait(0);
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                products();
+                products(None);
                 shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
                 k_state.phase.set(k_state.phase ^ 1);
                 v_state.phase.set(v_state.phase ^ 1);
@@ -180,21 +189,20 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn gradients_of_scores(&self, block: &Block<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
         let at = block.do_stage * config.scores().bytes();
-        let kept = self.kept(block);
         if config.programs() {
             k.wgmma_wait(0);
-            self.elements(block, kept.as_ref());
+            self.elements(block);
         } else if self.values_early() {
             k.wgmma_wait(1);
             self.probabilities(block);
             self.pack_and_issue_values(block);
             k.wgmma_wait(1);
-            self.d_scores(block, None);
+            self.d_scores(block);
         } else {
             k.wgmma_wait(1);
             self.probabilities(block);
             k.wgmma_wait(0);
-            self.d_scores(block, kept.as_ref());
+            self.d_scores(block);
         }
         if self.keeps_scores() {
             return;
@@ -208,7 +216,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
     }
 
-    /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores.
+    /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores. Not with
+    /// dropout, whose random words need them at the same time.
     fn dk_from_registers(&self) -> bool {
         let config = self.config;
         let enough = !config.busy_producers()

@@ -8,7 +8,6 @@ use ptx::build::{Builder, Half, Reg};
 use super::consumer::{Block, Consumer};
 use super::work::{Sequence, Work};
 use super::{BwdConfig, Params, Split};
-use crate::kernels::philox::Kept;
 use crate::kernels::program::{Element, Place, ProgramEmitter, Spread, spreads};
 
 /// The variables of a query head for programs.
@@ -126,27 +125,26 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     }
 
     /// What dropout keeps of a block, which needs nothing of its scores.
-    pub(super) fn kept(&self, block: &Block<'k>) -> Option<Kept<'k>> {
-        self.params.dropout.as_ref().map(|dropout| {
+    pub(super) fn keep(&self, block: &Block<'k>) {
+        if let Some(dropout) = &self.params.dropout {
             let here = self.here(block);
-            dropout.kept_transposed(&here.place, here.query, here.key, self.s.columns())
-        })
+            dropout.keep_transposed(&self.kept, &here.place, here.query, here.key);
+        }
     }
 
     /// dP to dS, rounded as an operand; and P to what dropout keeps of it.
-    pub(super) fn d_scores(&self, block: &Block<'k>, kept: Option<&Kept<'k>>) {
+    pub(super) fn d_scores(&self, block: &Block<'k>) {
         let (k, stats) = (self.k, self.stats(block).at(4 * self.config.tile_m as i32));
         for (j, (p, dp)) in self.s.registers.chunks(4).zip(self.dp.registers.chunks(4)).enumerate() {
             let delta = stats.at(32 * j as i32).load_vec::<f32, 2>();
             for (i, (&p, &dp)) in p.iter().zip(dp).enumerate() {
-                match kept {
-                    None => dp.set((dp - delta[i % 2]) * p),
-                    Some(kept) => {
-                        // kept ∘ P ∘ dP − P ∘ D, each in its place: there are no registers for more.
-                        let rest = p * -delta[i % 2];
-                        p.set(kept.at(4 * j + i).select(p, 0.0));
-                        dp.set(p.fma(dp, rest));
-                    }
+                if self.config.dropout {
+                    // kept ∘ P ∘ dP − P ∘ D, each in its place: there are no registers for more.
+                    let rest = p * -delta[i % 2];
+                    p.set(self.kept.at(4 * j + i).select(p, 0.0));
+                    dp.set(p.fma(dp, rest));
+                } else {
+                    dp.set((dp - delta[i % 2]) * p);
                 }
             }
         }
@@ -210,7 +208,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     }
 
     /// P and dS from S and dP with a score mod, a mask's program or dropout; and the gradients of tables.
-    pub(super) fn elements(&self, block: &Block<'k>, kept: Option<&Kept<'k>>) {
+    pub(super) fn elements(&self, block: &Block<'k>) {
         let (k, config, params) = (self.k, self.config, self.params);
         for &s in &self.s.registers {
             s.set(s * params.scale);
@@ -228,7 +226,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             }
             let [minus_lse, delta] = row_stats.map(|stats| stats[i % 2]);
             let (s, dp) = (self.s.registers[i], self.dp.registers[i]);
-            let kept = kept.map(|kept| kept.at(i));
+            let kept = config.dropout.then(|| self.kept.at(i));
             let terms = formula.terms(element, &Given { score: s, dp, minus_lse, delta, kept });
             sums.add(i, &terms);
             s.set(terms.p);

@@ -371,6 +371,8 @@ struct Consumer<'a, 'k, H> {
     delta: [Reg<'k, f32>; 2],
     /// S, then P; dP, then dS; and that as an operand.
     s: Fragment<'k>,
+    /// Of S, if there is dropout.
+    kept: Kept<'k>,
     dp: Fragment<'k>,
     ds: Vec<[Reg<'k, H>; 4]>,
     dq: Fragment<'k>,
@@ -391,6 +393,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             minus_lse: [k.reg(), k.reg()],
             delta: [k.reg(), k.reg()],
             s: Fragment::new(k, columns),
+            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dp: Fragment::new(k, columns),
             ds: (0..columns / 16).map(|_| [k.reg(), k.reg(), k.reg(), k.reg()]).collect(),
             dq: Fragment::new(k, config.head_dim.next_multiple_of(16)),
@@ -430,10 +433,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 }
                 k.loop_(|| {
                     block.set(k_state.index);
-                    let kept = self.kept(item_state, block);
+                    self.keep(item_state, block);
                     k.wgmma_wait(0);
                     shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-                    self.d_scores(item_state, block, kept);
+                    self.d_scores(item_state, block);
                     k_state.advance();
                     v_state.advance();
                     left.set(left - 1);
@@ -573,31 +576,30 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// What dropout keeps of a block, which needs nothing of its scores.
-    fn kept(&self, item: PipelineState<'k>, block: Reg<'k, u32>) -> Option<Kept<'k>> {
-        self.params.dropout.as_ref().map(|dropout| {
+    fn keep(&self, item: PipelineState<'k>, block: Reg<'k, u32>) {
+        if let Some(dropout) = &self.params.dropout {
             let item = self.items.told(self.shared, item.index);
             let place = place(self.items.work, &item.sequence, item.batch, item.head);
-            dropout.kept(&place, self.row(&item), self.key(block), self.s.columns())
-        })
+            dropout.keep(&self.kept, &place, self.row(&item), self.key(block));
+        }
     }
 
     /// dP to dS, rounded as an operand.
-    fn d_scores(&self, item: PipelineState<'k>, block: Reg<'k, u32>, kept: Option<Kept<'k>>) {
+    fn d_scores(&self, item: PipelineState<'k>, block: Reg<'k, u32>) {
         let k = self.k;
         let item = || self.items.told(self.shared, item.index);
         let partial = self.about(block).ge(0x8000_0000);
         if self.config.programs() {
-            self.elements(&item(), self.key(block), partial, kept);
+            self.elements(&item(), self.key(block), partial);
         } else {
             for (i, (&p, &dp)) in self.s.registers.iter().zip(&self.dp.registers).enumerate() {
                 let delta = self.delta[Fragment::half(i)];
-                match &kept {
-                    None => dp.set((dp - delta) * p),
-                    Some(kept) => {
-                        let ds = p * -delta;
-                        k.when(kept.at(i), || ds.set(p.fma(dp, ds)));
-                        dp.set(ds);
-                    }
+                if self.config.dropout {
+                    let ds = p * -delta;
+                    k.when(self.kept.at(i), || ds.set(p.fma(dp, ds)));
+                    dp.set(ds);
+                } else {
+                    dp.set((dp - delta) * p);
                 }
             }
             k.if_(partial, || self.hide(&item(), self.key(block), &self.dp, 0.0));
@@ -654,7 +656,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// dS from S and dP with a score mod, a mask's program or dropout.
-    fn elements(&self, item: &Item<'k>, key: Reg<'k, u32>, partial: Reg<'k, bool>, kept: Option<Kept<'k>>) {
+    fn elements(&self, item: &Item<'k>, key: Reg<'k, u32>, partial: Reg<'k, bool>) {
         let (k, config, params) = (self.k, self.config, self.params);
         for &s in &self.s.registers {
             s.set(s * params.scale);
@@ -665,7 +667,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         self.each(item, key, |i, element| {
             let (score, dp) = (self.s.registers[i], self.dp.registers[i]);
             let [minus_lse, delta] = [self.minus_lse, self.delta].map(|stats| stats[element.row]);
-            let kept = kept.as_ref().map(|kept| kept.at(i));
+            let kept = config.dropout.then(|| self.kept.at(i));
             dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta, kept }).dx);
         });
     }

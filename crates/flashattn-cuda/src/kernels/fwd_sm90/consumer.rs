@@ -56,6 +56,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     q: Vec<[Reg<'k, H>; 4]>,
     o: Fragment<'k>,
     s: Fragment<'k>,
+    /// Of S, if there is dropout.
+    kept: Kept<'k>,
     p: Vec<[Reg<'k, H>; 4]>,
     softmax: OnlineSoftmax<'k>,
     /// Zero as long as all that was written is finite, NaN from then on.
@@ -88,6 +90,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             q: fragments(if config.q_in_registers { config.head_dim.div_ceil(16) } else { 0 }),
             o: Fragment::new(k, config.head_dim_v.next_multiple_of(16)),
             s: Fragment::new(k, config.tile_n),
+            kept: Kept::new(k, if config.dropout { config.tile_n } else { 0 }),
             p: fragments(config.tile_n / 16),
             softmax: OnlineSoftmax {
                 reference: [k.reg(), k.reg()],
@@ -120,13 +123,13 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_fence();
             self.scores(q_state, k_state);
             k.wgmma_commit();
-            let kept = self.kept(&tile);
+            self.keep(&tile);
             k.wgmma_wait(0);
             shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
             k_state.advance();
             self.modify_and_mask(&tile);
             self.exponentiate();
-            self.probabilities(kept);
+            self.probabilities();
             let switch = k.reg::<bool>();
             k.loop_(|| {
                 left.set(left - 1);
@@ -156,7 +159,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.values(v_state);
                 k.wgmma_commit();
                 self.pass_turn();
-                let kept = self.kept(&tile);
+                self.keep(&tile);
                 k.wgmma_wait(1);
                 shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
                 k_state.advance();
@@ -165,7 +168,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.wgmma_wait(0);
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
                 v_state.advance();
-                self.probabilities(kept);
+                self.probabilities();
                 k.if_else(
                     switch,
                     || {
@@ -513,15 +516,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// What dropout keeps of the block, which needs nothing of its scores.
-    fn kept(&self, tile: &WorkTile<'k>) -> Option<Kept<'k>> {
-        self.params.dropout.as_ref().map(|dropout| self.place(tile).kept(dropout))
+    fn keep(&self, tile: &WorkTile<'k>) {
+        if let Some(dropout) = &self.params.dropout {
+            self.place(tile).keep(&self.kept, dropout);
+        }
     }
 
     /// P, dropped out and rounded.
-    fn probabilities(&self, kept: Option<Kept<'k>>) {
-        if let Some(kept) = kept {
+    fn probabilities(&self) {
+        if self.config.dropout {
             for (i, &p) in self.s.registers.iter().enumerate() {
-                p.set(kept.at(i).select(p, 0.0));
+                p.set(self.kept.at(i).select(p, 0.0));
             }
         }
         for (step, registers) in self.p.iter().enumerate() {
