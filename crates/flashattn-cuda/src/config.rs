@@ -78,7 +78,7 @@ pub const FORWARD_SM90_MASKS: [Tiles; 4] = [
     tiles(256, [0, 0], [2, 48, 2], false),
 ];
 
-/// The same for kernels with dropout alone.
+/// The same for kernels with dropout alone, by what ptxas has registers for; not tuned.
 pub const FORWARD_SM90_DROPOUT: [Tiles; 4] = [
     tiles(64, [1536, 6144], [3, 96, 3], false),
     tiles(64, [0, 0], [2, 128, 3], true),
@@ -123,7 +123,8 @@ pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
 ];
 
-/// The same for kernels with dropout alone. The random words of a kernel of dQ's own would take longer than adding dQ up.
+/// The same for kernels with dropout alone, as wide as without; not tuned. Random words take longer than adding dQ up, so that few keys
+/// are no reason to compute them twice.
 pub const BACKWARD_SM90_DROPOUT: [BackwardTiles; 3] = [
     backward_tiles(64, 128, Split::Keys, [3, 2], [0, 0]),
     backward_tiles(128, 64, Split::Keys, [3, 2], [0, 0]),

@@ -48,11 +48,11 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub query: Reg<'k, u32>,
     /// Sᵀ, then Pᵀ; dPᵀ, then dSᵀ; and both as operands.
     pub s: Fragment<'k>,
-    /// Of S, if there is dropout.
-    pub kept: Kept<'k>,
     pub dp: Fragment<'k>,
     pub p: Vec<[Reg<'k, H>; 4]>,
     pub ds: Vec<[Reg<'k, H>; 4]>,
+    /// What dropout keeps of Pᵀ, if there is any.
+    pub kept: Kept<'k>,
     pub dk: Fragment<'k>,
     pub dv: Fragment<'k>,
     dq: Fragment<'k>,
@@ -79,10 +79,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             key: keys + Fragment::row(k),
             query: queries + Fragment::column(k),
             s: Fragment::new(k, columns),
-            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dp: Fragment::new(k, columns),
             p: fragments(columns / 16),
             ds: fragments(columns / 16),
+            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dk: Fragment::new(k, config.dk_columns()),
             dv: Fragment::new(k, config.dv_columns()),
             dq: Fragment::new(k, if config.own_dq { 0 } else { config.dq_columns() }),

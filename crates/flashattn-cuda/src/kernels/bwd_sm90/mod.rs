@@ -29,6 +29,8 @@
 //! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
 //!    of the columns of each gradient.
 //!
+//! With dropout P and dS are without its 1 / (1 − p), which D loses before and the gradients get at the end.
+//!
 //! What a row does not see reaches it neither through the products (0 · NaN) nor otherwise: see `exact.rs`.
 
 mod consumer;

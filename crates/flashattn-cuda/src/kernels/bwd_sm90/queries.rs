@@ -371,10 +371,10 @@ struct Consumer<'a, 'k, H> {
     delta: [Reg<'k, f32>; 2],
     /// S, then P; dP, then dS; and that as an operand.
     s: Fragment<'k>,
-    /// Of S, if there is dropout.
-    kept: Kept<'k>,
     dp: Fragment<'k>,
     ds: Vec<[Reg<'k, H>; 4]>,
+    /// What dropout keeps of P, if there is any.
+    kept: Kept<'k>,
     dq: Fragment<'k>,
 }
 
@@ -393,9 +393,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             minus_lse: [k.reg(), k.reg()],
             delta: [k.reg(), k.reg()],
             s: Fragment::new(k, columns),
-            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dp: Fragment::new(k, columns),
             ds: (0..columns / 16).map(|_| [k.reg(), k.reg(), k.reg(), k.reg()]).collect(),
+            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dq: Fragment::new(k, config.head_dim.next_multiple_of(16)),
         }
     }

@@ -56,9 +56,9 @@ pub(super) struct Consumer<'a, 'k, H> {
     q: Vec<[Reg<'k, H>; 4]>,
     o: Fragment<'k>,
     s: Fragment<'k>,
-    /// Of S, if there is dropout.
-    kept: Kept<'k>,
     p: Vec<[Reg<'k, H>; 4]>,
+    /// What dropout keeps of P, if there is any.
+    kept: Kept<'k>,
     softmax: OnlineSoftmax<'k>,
     /// Zero as long as all that was written is finite, NaN from then on.
     broken: Reg<'k, f32>,
@@ -90,8 +90,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             q: fragments(if config.q_in_registers { config.head_dim.div_ceil(16) } else { 0 }),
             o: Fragment::new(k, config.head_dim_v.next_multiple_of(16)),
             s: Fragment::new(k, config.tile_n),
-            kept: Kept::new(k, if config.dropout { config.tile_n } else { 0 }),
             p: fragments(config.tile_n / 16),
+            kept: Kept::new(k, if config.dropout { config.tile_n } else { 0 }),
             softmax: OnlineSoftmax {
                 reference: [k.reg(), k.reg()],
                 row_sum: [k.reg(), k.reg()],
