@@ -248,6 +248,23 @@ fn random_cases_in_the_emulator() {
     run(&Emulator::default(), &cases);
 }
 
+/// The corpus has dropout at one head dimension; its tiles differ by them.
+fn with_dropout(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    let cases = cases.into_iter().filter(|case| case.name.starts_with("head-dim/"));
+    cases.filter(|case| case.problem.dtype != DType::F32).map(|mut case| {
+        case.name += " with dropout";
+        case.problem.dropout = Some(Dropout { p: 0.3, seed: 1 << 40 | 11 });
+        case
+    })
+}
+
+#[test]
+fn dropout_at_every_head_dimension_in_the_emulator() {
+    let cases: Vec<Case> = with_dropout(cases()).collect();
+    run(&Emulator::default(), &cases);
+    run(&Emulator { deterministic: true, ..Emulator::default() }, &cases);
+}
+
 /// A deterministic plan under two interleavings.
 struct Twice(Emulator);
 
@@ -436,7 +453,8 @@ fn plan(case: &Case, deterministic: bool) -> Result<BackwardPlan, PlanError> {
 #[ignore = "needs ptxas: bash tools/ptxas.sh"]
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
-    for case in cases().into_iter().filter(|case| case.problem.dtype != DType::F32) {
+    let cases = cases().into_iter().filter(|case| case.problem.dtype != DType::F32);
+    for case in cases.chain(with_dropout(self::cases())) {
         // Of f16, which differs in the types of a few instructions, what has neither mask program nor score mod.
         let few = |config: &BwdConfig| config.mask_program.is_none() && config.score_mod.is_none();
         match plan(&case, false) {
