@@ -78,7 +78,16 @@ pub const FORWARD_SM90_MASKS: [Tiles; 4] = [
     tiles(256, [0, 0], [2, 48, 2], false),
 ];
 
-/// The same for kernels with dropout, or a mask's program and a score mod: blocks are narrower, without spills by ptxas 13.0.
+/// The same for kernels with dropout alone, by what ptxas has registers for; not tuned.
+pub const FORWARD_SM90_DROPOUT: [Tiles; 4] = [
+    tiles(64, [1536, 6144], [3, 96, 3], false),
+    tiles(64, [0, 0], [2, 128, 3], true),
+    tiles(128, [0, 0], [2, 128, 2], false),
+    tiles(256, [0, 0], [2, 64, 2], false),
+];
+
+/// The same for kernels with two or more of dropout, a mask's program and a score mod: blocks are narrower, without spills by ptxas
+/// 13.0.
 pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
     tiles(64, [0, 0], [2, 64, 3], false),
     tiles(128, [0, 0], [2, 48, 2], false),
@@ -114,7 +123,15 @@ pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
 ];
 
-/// The same for kernels with a mask's program, a score mod or dropout, which take registers for each element of S; not tuned.
+/// The same for kernels with dropout alone, as wide as without; not tuned. Random words take longer than adding dQ up, so that few keys
+/// are no reason to compute them twice.
+pub const BACKWARD_SM90_DROPOUT: [BackwardTiles; 3] = [
+    backward_tiles(64, 128, Split::Keys, [3, 2], [0, 0]),
+    backward_tiles(128, 64, Split::Keys, [3, 2], [0, 0]),
+    backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
+];
+
+/// The same for kernels with a mask's program or a score mod, which take registers for each element of S; not tuned.
 pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
     backward_tiles(64, 64, Split::Keys, [3, 3], [0, 0]),
     backward_tiles(128, 64, Split::Columns, [3, 3], [0, 0]),
@@ -146,14 +163,23 @@ pub enum Extras {
     Slope,
     /// A mask's program.
     Mask,
-    /// Dropout, or a mask's program and a score mod.
+    /// Dropout.
+    Dropout,
+    /// Several of a mask's program, a score mod and dropout.
     Programs,
 }
 
 impl Extras {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Extras::None, Extras::Score, Extras::ScoreF16, Extras::Slope, Extras::Mask, Extras::Programs];
+    pub const ALL: [Self; 7] = [
+        Extras::None,
+        Extras::Score,
+        Extras::ScoreF16,
+        Extras::Slope,
+        Extras::Mask,
+        Extras::Dropout,
+        Extras::Programs,
+    ];
 
     /// The table's rows.
     pub const fn rows(self) -> &'static [Tiles] {
@@ -163,6 +189,7 @@ impl Extras {
             Extras::ScoreF16 => &FORWARD_SM90_SCORES_F16,
             Extras::Slope => &FORWARD_SM90_SLOPES,
             Extras::Mask => &FORWARD_SM90_MASKS,
+            Extras::Dropout => &FORWARD_SM90_DROPOUT,
             Extras::Programs => &FORWARD_SM90_PROGRAMS,
         }
     }
@@ -181,12 +208,22 @@ pub fn forward_sm90(head_dims: [usize; 2], keys: usize, masked: bool, extras: Ex
     extras.rows().iter().find(fits).copied()
 }
 
-/// The same for the backward pass; `programs`: how many there are of a mask's program, a score mod, dropout.
-pub fn backward_sm90(head_dim: usize, head_dim_v: usize, programs: usize) -> Option<BackwardTiles> {
+/// The same for the backward pass; `programs`: how many there are of a mask's program and a score mod.
+pub fn backward_sm90(
+    head_dim: usize,
+    head_dim_v: usize,
+    programs: usize,
+    dropout: bool,
+) -> Option<BackwardTiles> {
     let larger = head_dim.max(head_dim_v);
-    let table = if programs > 0 { BACKWARD_SM90_PROGRAMS } else { BACKWARD_SM90 };
+    let table = match (programs, dropout) {
+        (0, false) => BACKWARD_SM90,
+        (0, true) => BACKWARD_SM90_DROPOUT,
+        _ => BACKWARD_SM90_PROGRAMS,
+    };
     // Several together find registers for fewer elements of S only.
-    let mut rows = table.into_iter().filter(|row| programs < 2 || row.split == Split::Columns);
+    let several = programs + usize::from(dropout) > 1;
+    let mut rows = table.into_iter().filter(|row| !several || row.split == Split::Columns);
     rows.find(|row| larger <= row.head_dim as usize)
 }
 
@@ -255,11 +292,13 @@ mod tests {
 
     #[test]
     fn backward_rows_are_chosen_by_the_larger_dimension_and_by_programs() {
-        assert_eq!(backward_sm90(64, 1, 0), Some(BACKWARD_SM90[0]));
-        assert_eq!(backward_sm90(40, 65, 0), Some(BACKWARD_SM90[1]));
-        assert_eq!(backward_sm90(64, 64, 1), Some(BACKWARD_SM90_PROGRAMS[0]));
-        assert_eq!(backward_sm90(64, 64, 2), Some(BACKWARD_SM90_PROGRAMS[1]));
-        assert_eq!(backward_sm90(192, 128, 3), Some(BACKWARD_SM90_PROGRAMS[2]));
-        assert_eq!(backward_sm90(257, 8, 0), None);
+        assert_eq!(backward_sm90(64, 1, 0, false), Some(BACKWARD_SM90[0]));
+        assert_eq!(backward_sm90(40, 65, 0, false), Some(BACKWARD_SM90[1]));
+        assert_eq!(backward_sm90(64, 64, 0, true), Some(BACKWARD_SM90_DROPOUT[0]));
+        assert_eq!(backward_sm90(64, 64, 1, false), Some(BACKWARD_SM90_PROGRAMS[0]));
+        assert_eq!(backward_sm90(64, 64, 1, true), Some(BACKWARD_SM90_PROGRAMS[1]));
+        assert_eq!(backward_sm90(64, 64, 2, false), Some(BACKWARD_SM90_PROGRAMS[1]));
+        assert_eq!(backward_sm90(192, 128, 2, true), Some(BACKWARD_SM90_PROGRAMS[2]));
+        assert_eq!(backward_sm90(257, 8, 0, false), None);
     }
 }

@@ -411,6 +411,7 @@ fn configure(
     let is_slope = |traced: &Traced| Slope::of(&traced.expr).is_some() && p.scale() > 1e-6;
     let slope = score_mod.as_ref().is_some_and(is_slope);
     let extras = match (mask.is_some(), score_mod.is_some()) {
+        (false, false) if dropout => Extras::Dropout,
         _ if dropout => Extras::Programs,
         (true, true) => Extras::Programs,
         (true, false) => Extras::Mask,

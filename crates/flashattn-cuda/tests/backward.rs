@@ -15,7 +15,10 @@ use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTen
 use flashattn_cuda::stage::{GradLayout, Location, StagedBackward};
 use flashattn_spec::reference;
 use flashattn_spec::suite::{Case, ExecError, Executor, Report, Runner, corpus, random_cases};
-use flashattn_spec::{AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View};
+use flashattn_spec::{
+    AttentionProblem, DType, Dropout, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut, philox,
+};
+use half::bf16;
 use ptx::Kernel;
 use ptx::emulate::{Arg, Launch, Memory, emulate};
 
@@ -245,6 +248,23 @@ fn random_cases_in_the_emulator() {
     run(&Emulator::default(), &cases);
 }
 
+/// The corpus has dropout at one head dimension; its tiles differ by them.
+fn with_dropout(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    let cases = cases.into_iter().filter(|case| case.name.starts_with("head-dim/"));
+    cases.filter(|case| case.problem.dtype != DType::F32).map(|mut case| {
+        case.name += " with dropout";
+        case.problem.dropout = Some(Dropout { p: 0.3, seed: 1 << 40 | 11 });
+        case
+    })
+}
+
+#[test]
+fn dropout_at_every_head_dimension_in_the_emulator() {
+    let cases: Vec<Case> = with_dropout(cases()).collect();
+    run(&Emulator::default(), &cases);
+    run(&Emulator { deterministic: true, ..Emulator::default() }, &cases);
+}
+
 /// A deterministic plan under two interleavings.
 struct Twice(Emulator);
 
@@ -382,6 +402,44 @@ fn gradients_are_added_to_what_is_there() {
     assert!(has(|p| p.sinks) && has(|p| !p.grad_tables().is_empty()) && has(|p| p.dtype == DType::F16));
 }
 
+/// A query drops the only key whose dO·v is infinite, and nothing of that reaches its gradients or the key's.
+#[test]
+fn what_is_dropped_overflows_in_the_emulator() {
+    let (n, d, seed, p) = (160, 64, 5, 0.5);
+    let mut problem = AttentionProblem::new(1, n, 1, d, DType::Bf16);
+    problem.dropout = Some(Dropout { p, seed });
+    let (i, j) = (100, (0..n).rfind(|&j| !philox::keep(seed, 0, 0, 100, j as u32, p)).expect("drops half"));
+    let tensor = |turn: f32, huge: Option<usize>| -> Vec<bf16> {
+        let value = |at: usize| if huge == Some(at) { 1e20 } else { (at as f32 * turn).sin() };
+        (0..n * d).map(|at| bf16::from_f32(value(at))).collect()
+    };
+    let [q, k, v, d_o] = [(0.71, None), (0.37, None), (1.3, Some(j * d)), (0.53, Some(i * d))]
+        .map(|(turn, huge)| tensor(turn, huge));
+    let shape = problem.q_shape();
+    let view = |data| View::new(data, shape).expect("as long as the shape says");
+    let inputs = Inputs { q: view(&q), k: view(&k), v: view(&v), sinks: None };
+    let forward = reference::forward(&problem, &inputs).expect("a valid problem");
+    let o: Vec<bf16> = forward.o.iter().map(|&x| bf16::from_f64(x)).collect();
+    let lse: Vec<f32> = forward.lse.iter().map(|&x| x as f32).collect();
+    let given = GradInputs { o: view(&o), lse: &lse, d_o: view(&d_o), d_lse: None };
+    let expected = reference::backward(&problem, &inputs, view(&d_o), None).expect("a valid problem");
+    let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![bf16::NAN; n * d]);
+    let [dq_view, dk_view, dv_view] =
+        [&mut dq, &mut dk, &mut dv].map(|x| ViewMut::new(x, shape).expect("as long"));
+    let mut gradients =
+        Gradients { dq: dq_view, dk: dk_view, dv: dv_view, d_sinks: None, d_tables: Vec::new() };
+    Emulator::default().backward(&problem, &inputs, &given, &mut gradients).expect("runs");
+    for (name, got, want) in [("dq", dq, expected.dq), ("dk", dk, expected.dk), ("dv", dv, expected.dv)] {
+        for (row, (got, want)) in got.chunks(d).zip(want.chunks(d)).enumerate() {
+            let most = want.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+            for (&got, want) in got.iter().zip(want) {
+                let error = (got.to_f64() - want).abs();
+                assert!(error <= 0.05 * most + 0.01, "{name}, row {row}: {got} instead of {want}");
+            }
+        }
+    }
+}
+
 /// The plan of dense tensors, as far as TMA takes them.
 fn plan(case: &Case, deterministic: bool) -> Result<BackwardPlan, PlanError> {
     let p = &case.problem;
@@ -395,7 +453,8 @@ fn plan(case: &Case, deterministic: bool) -> Result<BackwardPlan, PlanError> {
 #[ignore = "needs ptxas: bash tools/ptxas.sh"]
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
-    for case in cases().into_iter().filter(|case| case.problem.dtype != DType::F32) {
+    let cases = cases().into_iter().filter(|case| case.problem.dtype != DType::F32);
+    for case in cases.chain(with_dropout(self::cases())) {
         // Of f16, which differs in the types of a few instructions, what has neither mask program nor score mod.
         let few = |config: &BwdConfig| config.mask_program.is_none() && config.score_mod.is_none();
         match plan(&case, false) {

@@ -22,7 +22,7 @@ use flashattn_spec::suite::{
     Case, ExecError, Executor, InputKind, Place, Report, Runner, corpus, random_cases,
 };
 use flashattn_spec::{
-    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
+    AttentionProblem, DType, Dropout, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
 };
 use half::bf16;
 use ptx::Kernel;
@@ -252,6 +252,7 @@ fn every_row_of_the_table_in_the_emulator() {
                     Extras::None => p.dropout.is_none() && !mask && !score_mod,
                     Extras::Score | Extras::ScoreF16 | Extras::Slope => p.dropout.is_none() && !mask,
                     Extras::Mask => p.dropout.is_none() && !score_mod,
+                    Extras::Dropout => !mask && !score_mod,
                     Extras::Programs => true,
                 }
         };
@@ -354,6 +355,22 @@ fn broken_inputs_in_the_emulator() {
     only(&run(&Emulator::default(), &cases), &[Feature::HeadDim]);
 }
 
+/// The corpus has dropout at one head dimension; its tiles differ by them.
+fn with_dropout(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    let cases = cases.into_iter().filter(|case| case.name.starts_with("head-dim/"));
+    cases.filter(|case| case.problem.dtype != DType::F32).map(|mut case| {
+        case.name += " with dropout";
+        case.problem.dropout = Some(Dropout { p: 0.3, seed: 1 << 40 | 11 });
+        case
+    })
+}
+
+#[test]
+fn dropout_at_every_head_dimension_in_the_emulator() {
+    let cases: Vec<Case> = with_dropout(cases()).collect();
+    only(&run(&Emulator::default(), &cases), &[Feature::HeadDim]);
+}
+
 #[test]
 #[ignore = "needs ptxas: bash tools/ptxas.sh"]
 fn ptxas_takes_every_copy() {
@@ -370,7 +387,8 @@ fn ptxas_takes_every_copy() {
 #[ignore = "needs ptxas: bash tools/ptxas.sh"]
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
-    for case in cases().into_iter().filter(|case| case.problem.dtype != DType::F32) {
+    let cases = cases().into_iter().filter(|case| case.problem.dtype != DType::F32);
+    for case in cases.chain(with_dropout(self::cases())) {
         let p = &case.problem;
         let strides = |[_, n, h, d]: [usize; 4]| {
             let row = d.next_multiple_of(8);

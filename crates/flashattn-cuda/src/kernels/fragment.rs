@@ -4,7 +4,7 @@ use flashattn_spec::expr::Program;
 use ptx::Fragment;
 use ptx::build::{Builder, Reg};
 
-use super::philox::philox4x32;
+use super::philox::{Dropout, Kept};
 use super::program::{Element, Place, ProgramEmitter, Slope, TableArgs};
 
 /// The scores of a block in the registers of one thread, and where they lie in the score matrix.
@@ -85,23 +85,8 @@ impl<'k> Scores<'_, 'k> {
         }
     }
 
-    /// Zero where dropout drops: where the element's random word is below `threshold`.
-    pub fn drop_out(&self, seed: [Reg<'k, u32>; 2], threshold: Reg<'k, u32>) {
-        // Four neighbouring keys share a counter. A thread has two of the four, and which two is the same for all its
-        // columns, since they are 8 apart and a block begins at a multiple of 8.
-        let upper = (self.kv.bits::<u32>() & 2).ne(0);
-        let place = [self.place.head.bits(), self.place.batch.bits()];
-        for quad in 0..self.fragment.registers.len() / 4 {
-            for half in 0..2 {
-                let registers = &self.fragment.registers[4 * quad + 2 * half..][..2];
-                let counter = (self.kv + 8 * quad as i32).bits::<u32>() >> 2;
-                let query = (self.q + 8 * half as i32).bits::<u32>();
-                let words = philox4x32([counter, query, place[0], place[1]], seed);
-                for (i, &p) in registers.iter().enumerate() {
-                    let word = upper.select(words[2 + i], words[i]);
-                    p.set(word.lt(threshold).select(0.0, p));
-                }
-            }
-        }
+    /// What dropout keeps of them.
+    pub fn keep(&self, kept: &Kept<'k>, dropout: &Dropout<'k>) {
+        dropout.keep(kept, &self.place, self.q.bits(), self.kv.bits());
     }
 }

@@ -414,8 +414,8 @@ fn configure(
         other => return unsupported(Feature::DType, other.to_string(), "bf16 or f16"),
     };
     let dropout = p.dropout.is_some_and(|dropout| dropout.p > 0.0);
-    let programs = [dropout, mask.is_some(), score_mod.is_some()].into_iter().filter(|&x| x).count();
-    let Some(tiles) = config::backward_sm90(p.head_dim, p.head_dim_v, programs) else {
+    let programs = usize::from(mask.is_some()) + usize::from(score_mod.is_some());
+    let Some(tiles) = config::backward_sm90(p.head_dim, p.head_dim_v, programs, dropout) else {
         let most = config::BACKWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
         return unsupported(Feature::HeadDim, got, format!("at most {most} each"));
@@ -453,7 +453,8 @@ fn configure(
             None => MaskKind::Blocks,
         },
         mask_program: mask.as_ref().map(|traced| ((*traced.expr).clone(), shapes(traced))),
-        repair: p.varlen.is_some() || band != Some([None, None]) || score_mod.is_some(),
+        // What is dropped meets dP as 0, which may be infinite where nothing else is.
+        repair: p.varlen.is_some() || band != Some([None, None]) || score_mod.is_some() || dropout,
         score_mod,
         table_grads,
         dropout,

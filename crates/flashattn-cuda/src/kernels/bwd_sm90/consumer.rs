@@ -5,6 +5,7 @@ use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
 use super::work::{Work, WorkItem};
 use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
+use crate::kernels::philox::Kept;
 
 /// First of the named barriers, one for each stage and warpgroup: the other warpgroup's dS is there. Two blocks' are
 /// never the same, since one warpgroup may say so of a block before the other has waited for the one before.
@@ -50,6 +51,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub dp: Fragment<'k>,
     pub p: Vec<[Reg<'k, H>; 4]>,
     pub ds: Vec<[Reg<'k, H>; 4]>,
+    /// What dropout keeps of Pᵀ, if there is any.
+    pub kept: Kept<'k>,
     pub dk: Fragment<'k>,
     pub dv: Fragment<'k>,
     dq: Fragment<'k>,
@@ -79,6 +82,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             dp: Fragment::new(k, columns),
             p: fragments(columns / 16),
             ds: fragments(columns / 16),
+            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dk: Fragment::new(k, config.dk_columns()),
             dv: Fragment::new(k, config.dv_columns()),
             dq: Fragment::new(k, if config.own_dq { 0 } else { config.dq_columns() }),
@@ -96,7 +100,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let do_state = own.unwrap_or(state);
         let stage = k.var(0u32);
         let block = Block { stage, do_stage: own.map_or(stage, |own| own.index) };
-        let products = || {
+        let products = |next: Option<Block<'k>>| {
             if !self.keeps_scores() {
                 k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
             }
@@ -110,6 +114,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_commit();
             self.d_keys(&block);
             k.wgmma_commit();
+            // Nowhere are more products on their way, and dP's registers are free.
+            if let Some(next) = next {
+                self.keep(&next);
+            }
             k.wgmma_wait(1);
             shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
             if let Some(own) = own {
@@ -130,6 +138,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_fence();
             self.scores(state.index);
             k.wgmma_commit();
+            self.keep(&Block { stage: state.index, ..block });
             shared.v_pipeline.consumer_wait(k, v_state);
             k.loop_(|| {
                 block.stage.set(state.index);
@@ -149,12 +158,12 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.wgmma_commit();
                 // dV has its operand in registers, which dQ' needs.
                 k.wgmma_wait(1);
-                products();
+                products(Some(Block { stage: state.index, ..block }));
             });
             values();
             k.wgmma_wait(0);
             shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
-            products();
+            products(None);
         };
         k.loop_(|| {
             shared.item_pipeline.consumer_wait(k, self.item);
@@ -196,10 +205,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Whether a block's products follow one after the other, none of the next block's among them: that leaves registers for dS, so
-    /// that dK does not read it from shared memory, which has more to do than the tensor cores.
+    /// that dK does not read it from shared memory. Dropout's words are computed beside the next block's.
     fn in_order(&self) -> bool {
         let config = self.config;
-        config.split == Split::Keys && config.tile_m == 64 && !config.own_dq && !config.programs()
+        let plain = !config.programs() && !config.dropout;
+        config.split == Split::Keys && config.tile_m == 64 && !config.own_dq && plain
     }
 
     /// A block in that order.
@@ -267,11 +277,13 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
     }
 
-    /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores.
+    /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores. Not with
+    /// dropout, whose random words need them at the same time.
     fn dk_from_registers(&self) -> bool {
         let config = self.config;
-        let enough =
-            !config.busy_producers() && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
+        let enough = !config.busy_producers()
+            && !config.dropout
+            && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
         self.keeps_scores()
             || config.split == Split::Keys && (config.tile_m == 128 || self.in_order()) && enough
     }
@@ -286,9 +298,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         block.do_stage * CONSUMERS + group + SCORES
     }
 
-    /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP.
+    /// Whether dV is issued before dS is computed: where there are registers for P as an operand beside S and dP. With dropout dS
+    /// needs what is dropped of P, too.
     fn values_early(&self) -> bool {
-        self.config.split == Split::Keys && self.config.tile_m == 64 && !self.config.busy_producers()
+        let config = self.config;
+        config.split == Split::Keys && config.tile_m == 64 && !config.busy_producers() && !config.dropout
     }
 
     /// Issues dV with P as an operand in registers.

@@ -8,7 +8,6 @@ use ptx::build::{Builder, Half, Reg};
 use super::consumer::{Block, Consumer};
 use super::work::{Sequence, Work};
 use super::{BwdConfig, Params, Split};
-use crate::kernels::philox::philox4x32;
 use crate::kernels::program::{Element, Place, ProgramEmitter, Spread, spreads};
 
 /// The variables of a query head for programs.
@@ -45,7 +44,7 @@ struct Here<'k> {
 pub(super) struct Terms<'k> {
     /// The probability after dropout, but for its factor 1 / (1 − p).
     pub p: Reg<'k, f32>,
-    /// Gradient of the scaled score.
+    /// Gradient of the scaled score, but for the same factor.
     pub dx: Reg<'k, f32>,
     /// For each table gradient where it is added to, and what.
     pub tables: Vec<TableTerm<'k>>,
@@ -61,24 +60,24 @@ pub(super) struct Given<'k> {
     /// Of the row.
     pub minus_lse: Reg<'k, f32>,
     pub delta: Reg<'k, f32>,
+    /// Whether dropout keeps it, if there is any.
+    pub kept: Option<Reg<'k, bool>>,
 }
 
 /// The formulas, in f32.
 pub(super) struct Formula<'a, 'k> {
-    k: &'k Builder,
     params: &'a Params<'k>,
-    place: Place<'k>,
     score_mod: Option<ProgramEmitter<'a, 'k>>,
 }
 
 impl<'a, 'k> Formula<'a, 'k> {
     pub fn new(k: &'k Builder, config: &'a BwdConfig, params: &'a Params<'k>, place: Place<'k>) -> Self {
         let emitter = |(program, _)| ProgramEmitter::new(k, program, &params.score_tables, place);
-        Formula { k, params, place, score_mod: config.score_mod.as_ref().map(|(p, t)| (p, t)).map(emitter) }
+        Formula { params, score_mod: config.score_mod.as_ref().map(|(p, t)| (p, t)).map(emitter) }
     }
 
     pub fn terms(&mut self, element: &Element<'k>, given: &Given<'k>) -> Terms<'k> {
-        let Given { score, dp, minus_lse, delta } = *given;
+        let Given { score, dp, minus_lse, delta, kept } = *given;
         // Of a row that saw nothing but −∞, too, nothing may come: not even 0 · NaN.
         let hidden = score.eq(f32::NEG_INFINITY) | minus_lse.eq(f32::NEG_INFINITY);
         let zero = |x: Reg<'k, f32>| hidden.select(0.0, x);
@@ -87,30 +86,17 @@ impl<'a, 'k> Formula<'a, 'k> {
             self.score_mod.as_mut().map(|mods| mods.gradients(element, score, &params.table_grads));
         let value = modified.as_ref().map_or(score, |modified| modified.value);
         let p = zero(value.fma(LOG2_E, minus_lse).exp2());
-        let (mut kept, mut d) = (p, dp);
-        if let Some(dropout) = &params.dropout {
-            let dropped = self.word(element).lt(dropout.threshold);
-            kept = dropped.select(0.0, p);
-            d = dropped.select(0.0, dp * dropout.keep_scale);
-        }
-        let ds = zero(p * (d - delta));
+        let drop_out = |x: Reg<'k, f32>| kept.map_or(x, |kept| kept.select(x, 0.0));
+        let ds = zero(p * (drop_out(dp) - delta));
         match modified {
-            None => Terms { p: kept, dx: ds, tables: Vec::new() },
+            None => Terms { p: drop_out(p), dx: ds, tables: Vec::new() },
             Some(modified) => {
-                let tables = modified.tables.into_iter().map(|(at, slope)| (at, zero(ds * slope)));
-                Terms { p: kept, dx: zero(ds * modified.d_score), tables: tables.collect() }
+                let keep_scale = params.dropout.as_ref().map(|dropout| dropout.keep_scale);
+                let whole = keep_scale.map_or(ds, |keep_scale| ds * keep_scale);
+                let tables = modified.tables.into_iter().map(|(at, slope)| (at, zero(whole * slope)));
+                Terms { p: drop_out(p), dx: zero(ds * modified.d_score), tables: tables.collect() }
             }
         }
-    }
-
-    /// The random word of an element.
-    fn word(&self, element: &Element<'k>) -> Reg<'k, u32> {
-        let Some(dropout) = &self.params.dropout else { return self.k.var(0u32) };
-        let (q, kv) = (element.q.bits::<u32>(), element.kv.bits::<u32>());
-        let counter = [kv >> 2, q, self.place.head.bits(), self.place.batch.bits()];
-        let [a, b, c, d] = philox4x32(counter, dropout.seed);
-        let odd = (kv & 1).ne(0);
-        (kv & 2).ne(0).select(odd.select(d, c), odd.select(b, a))
     }
 }
 
@@ -138,13 +124,28 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         k.if_(self.about(block).partial, || self.hide(&self.here(block), &self.s, 0.0));
     }
 
-    /// dP to dS, rounded as an operand.
+    /// What dropout keeps of a block, which needs nothing of its scores.
+    pub(super) fn keep(&self, block: &Block<'k>) {
+        if let Some(dropout) = &self.params.dropout {
+            let here = self.here(block);
+            dropout.keep_transposed(&self.kept, &here.place, here.query, here.key);
+        }
+    }
+
+    /// dP to dS, rounded as an operand; and P to what dropout keeps of it.
     pub(super) fn d_scores(&self, block: &Block<'k>) {
         let (k, stats) = (self.k, self.stats(block).at(4 * self.config.tile_m as i32));
         for (j, (p, dp)) in self.s.registers.chunks(4).zip(self.dp.registers.chunks(4)).enumerate() {
             let delta = stats.at(32 * j as i32).load_vec::<f32, 2>();
             for (i, (&p, &dp)) in p.iter().zip(dp).enumerate() {
-                dp.set((dp - delta[i % 2]) * p);
+                if self.config.dropout {
+                    // kept ∘ P ∘ dP − P ∘ D, each in its place: there are no registers for more.
+                    let rest = p * -delta[i % 2];
+                    p.set(self.kept.at(4 * j + i).select(p, 0.0));
+                    dp.set(p.fma(dp, rest));
+                } else {
+                    dp.set((dp - delta[i % 2]) * p);
+                }
             }
         }
         k.if_(self.about(block).partial, || self.hide(&self.here(block), &self.dp, 0.0));
@@ -225,7 +226,8 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             }
             let [minus_lse, delta] = row_stats.map(|stats| stats[i % 2]);
             let (s, dp) = (self.s.registers[i], self.dp.registers[i]);
-            let terms = formula.terms(element, &Given { score: s, dp, minus_lse, delta });
+            let kept = config.dropout.then(|| self.kept.at(i));
+            let terms = formula.terms(element, &Given { score: s, dp, minus_lse, delta, kept });
             sums.add(i, &terms);
             s.set(terms.p);
             dp.set(terms.dx);

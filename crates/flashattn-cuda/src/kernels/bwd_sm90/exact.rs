@@ -75,7 +75,7 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
                 query.set(query + 1);
                 k.break_if(!(dk.open() | dv.open()).any());
             });
-            dk.write::<H>(Some(work.params.scale));
+            dk.write::<H>(Some(work.params.d_scale()));
             dv.write::<H>(work.params.dropout.as_ref().map(|dropout| dropout.keep_scale));
         });
     }
@@ -99,7 +99,7 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
                 key.set(key + 1);
                 k.break_if(!dq.open().any());
             });
-            dq.write::<H>(Some(work.params.scale));
+            dq.write::<H>(Some(work.params.d_scale()));
         });
     }
 
@@ -201,7 +201,7 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
         after.into_iter().chain(before).fold(live, |a, b| a & b)
     }
 
-    /// P (after dropout) and the gradient of the scaled score of a pair.
+    /// P (after dropout) and the gradient of the scaled score of a pair, both but for 1 / (1 − p).
     fn terms(
         &self,
         place: Place<'k>,
@@ -218,8 +218,9 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
         let dp = dot(&query.second, &key.second);
         let element =
             Element { row: 0, column: 0, q: query.index.bits(), kv: key.index.bits(), kv_offset: None };
+        let kept = params.dropout.as_ref().map(|dropout| dropout.keeps(&place, query.index, key.index));
         let mut formula = Formula::new(k, config, params, place);
-        let terms = formula.terms(&element, &Given { score, dp, minus_lse, delta });
+        let terms = formula.terms(&element, &Given { score, dp, minus_lse, delta, kept });
         (terms.p, terms.dx)
     }
 }

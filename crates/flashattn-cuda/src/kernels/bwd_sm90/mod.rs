@@ -29,6 +29,8 @@
 //! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
 //!    of the columns of each gradient.
 //!
+//! With dropout P and dS are without its 1 / (1 − p), which D loses before and the gradients get at the end.
+//!
 //! What a row does not see reaches it neither through the products (0 · NaN) nor otherwise: see `exact.rs`.
 
 mod consumer;
@@ -47,6 +49,7 @@ use ptx::{BF16x2, F16x2, Kernel, Pipeline, Target, TensorMap, TileLayout, build}
 
 use super::fwd_sm90::{MaskKind, Stride, TableShape};
 use super::global::{GlobalTensor, piece};
+use super::philox::Dropout;
 use super::program::TableArgs;
 use consumer::Consumer;
 use work::{Loads, Work};
@@ -147,7 +150,7 @@ impl BwdConfig {
 
     /// Whether P and dS are computed element by element once both products are there, instead of one after the other.
     fn programs(&self) -> bool {
-        self.mask_program.is_some() || self.score_mod.is_some() || self.dropout
+        self.mask_program.is_some() || self.score_mod.is_some()
     }
 
     /// Registers a thread of the producers and of a consumer (`setmaxnreg`).
@@ -284,7 +287,7 @@ struct Params<'k> {
     /// dQ', in tiles of [`BwdConfig::dq_sum_bytes`] by (head, tile): for each warpgroup with a part of its own and each of its
     /// warps the fragment, four registers of each lane at a time.
     pub dq_sums: Option<Reg<'k, u64>>,
-    /// In tiles of [`BwdConfig::stats_bytes`].
+    /// In tiles of [`BwdConfig::stats_bytes`]; D with dropout times 1 − p.
     pub stats: Reg<'k, u64>,
     /// One u32, zero before the launch and after it.
     pub counter: Reg<'k, u64>,
@@ -318,17 +321,12 @@ struct Params<'k> {
     pub cu_seqlens: Option<[Reg<'k, u64>; 2]>,
 }
 
-/// What dropout needs.
-struct Dropout<'k> {
-    /// Low and high half.
-    pub seed: [Reg<'k, u32>; 2],
-    /// Words below it drop.
-    pub threshold: Reg<'k, u32>,
-    /// 1 / (1 − p).
-    pub keep_scale: Reg<'k, f32>,
-}
-
 impl<'k> Params<'k> {
+    /// What dq and dk are multiplied by at the end: dS is computed without dropout's 1 / (1 − p).
+    fn d_scale(&self) -> Reg<'k, f32> {
+        self.dropout.as_ref().map_or(self.scale, |dropout| self.scale * dropout.keep_scale)
+    }
+
     fn new(k: &'k Builder, config: &BwdConfig) -> Self {
         let maps = ["q", "k", "v", "do"].map(|name| k.param_tensor_map(name));
         let tensors = ["q", "k", "v", "o", "do", "dq", "dk", "dv"];
@@ -365,10 +363,7 @@ impl<'k> Params<'k> {
             })
             .collect();
         let table_grads = config.table_grads.iter().map(|&(_, at)| given[at]).collect();
-        let dropout = config.dropout.then(|| {
-            let seed = ["seed_low", "seed_high"].map(|name| k.param_u32(name));
-            Dropout { seed, threshold: k.param_u32("threshold"), keep_scale: k.param_f32("keep_scale") }
-        });
+        let dropout = config.dropout.then(|| Dropout::param(k));
         let cu_seqlens = config.varlen.then(|| ["cu_seqlens_q", "cu_seqlens_k"].map(pointer));
         Params {
             maps,

@@ -154,7 +154,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         };
         let dk = rows(params.dk, config.head_dim, config.k().columns);
         let dv = rows(params.dv, config.head_dim_v, config.v().columns);
-        dk.write::<H>(k, &self.dk, Some(params.scale));
+        dk.write::<H>(k, &self.dk, Some(params.d_scale()));
         dv.write::<H>(k, &self.dv, params.dropout.as_ref().map(|dropout| dropout.keep_scale));
         if config.repair {
             let exact = Exact::<H>::new(self.work, item.sequence, item.batch);

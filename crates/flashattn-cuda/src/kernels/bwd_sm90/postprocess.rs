@@ -41,7 +41,7 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
                 last_column,
                 dim: config.head_dim,
             };
-            rows.write::<H>(k, &fragment, Some(params.scale));
+            rows.write::<H>(k, &fragment, Some(params.d_scale()));
             if config.repair {
                 let exact = Exact::<H>::new(&work, sequence, place.batch);
                 exact.repair_queries(place.head, &rows, &fragment);

@@ -136,6 +136,9 @@ impl<'k> Tile<'_, 'k> {
                 sink_sum.set(counts.select(p.fma(-delta, sink_sum), sink_sum));
             }
             let at = finished.mad_wide(4, stats).address();
+            if let Some(dropout) = &params.dropout {
+                delta = delta * dropout.keep_scale.rcp();
+            }
             let delta = nothing.select(0.0, delta);
             k.when(one & finished.lt(config.tile_m), || {
                 at.store(minus_lse);

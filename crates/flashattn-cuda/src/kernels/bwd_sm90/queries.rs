@@ -26,6 +26,7 @@ use super::output::Rows;
 use super::postprocess::sum_sinks;
 use super::work::{Loads, Sequence, Work, tell_or_hear};
 use super::{BwdConfig, CONSUMERS, Params};
+use crate::kernels::philox::Kept;
 use crate::kernels::program::{Element, ProgramEmitter};
 
 /// Queries of an item.
@@ -372,6 +373,8 @@ struct Consumer<'a, 'k, H> {
     s: Fragment<'k>,
     dp: Fragment<'k>,
     ds: Vec<[Reg<'k, H>; 4]>,
+    /// What dropout keeps of P, if there is any.
+    kept: Kept<'k>,
     dq: Fragment<'k>,
 }
 
@@ -392,6 +395,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             s: Fragment::new(k, columns),
             dp: Fragment::new(k, columns),
             ds: (0..columns / 16).map(|_| [k.reg(), k.reg(), k.reg(), k.reg()]).collect(),
+            kept: Kept::new(k, if config.dropout { columns } else { 0 }),
             dq: Fragment::new(k, config.head_dim.next_multiple_of(16)),
         }
     }
@@ -429,6 +433,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 }
                 k.loop_(|| {
                     block.set(k_state.index);
+                    self.keep(item_state, block);
                     k.wgmma_wait(0);
                     shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
                     self.d_scores(item_state, block);
@@ -560,20 +565,44 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
+    /// What the producer told of a block: its number, with bit 31.
+    fn about(&self, block: Reg<'k, u32>) -> Reg<'k, u32> {
+        (self.shared.block + block * 4).load()
+    }
+
+    /// The thread's first key in a block.
+    fn key(&self, block: Reg<'k, u32>) -> Reg<'k, u32> {
+        (self.about(block) & 0x7fff_ffff) * self.config.tile_n() + Fragment::column(self.k)
+    }
+
+    /// What dropout keeps of a block, which needs nothing of its scores.
+    fn keep(&self, item: PipelineState<'k>, block: Reg<'k, u32>) {
+        if let Some(dropout) = &self.params.dropout {
+            let item = self.items.told(self.shared, item.index);
+            let place = place(self.items.work, &item.sequence, item.batch, item.head);
+            dropout.keep(&self.kept, &place, self.row(&item), self.key(block));
+        }
+    }
+
     /// dP to dS, rounded as an operand.
     fn d_scores(&self, item: PipelineState<'k>, block: Reg<'k, u32>) {
         let k = self.k;
-        let about = || (self.shared.block + block * 4).load::<u32>();
         let item = || self.items.told(self.shared, item.index);
-        let key = || (about() & 0x7fff_ffff) * self.config.tile_n() + Fragment::column(k);
-        let partial = about().ge(0x8000_0000);
+        let partial = self.about(block).ge(0x8000_0000);
         if self.config.programs() {
-            self.elements(&item(), key(), partial);
+            self.elements(&item(), self.key(block), partial);
         } else {
             for (i, (&p, &dp)) in self.s.registers.iter().zip(&self.dp.registers).enumerate() {
-                dp.set((dp - self.delta[Fragment::half(i)]) * p);
+                let delta = self.delta[Fragment::half(i)];
+                if self.config.dropout {
+                    let ds = p * -delta;
+                    k.when(self.kept.at(i), || ds.set(p.fma(dp, ds)));
+                    dp.set(ds);
+                } else {
+                    dp.set((dp - delta) * p);
+                }
             }
-            k.if_(partial, || self.hide(&item(), key(), &self.dp, 0.0));
+            k.if_(partial, || self.hide(&item(), self.key(block), &self.dp, 0.0));
         }
         for (step, registers) in self.ds.iter().enumerate() {
             for (&register, value) in registers.iter().zip(self.dp.a_operand::<H>(k, step)) {
@@ -638,7 +667,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         self.each(item, key, |i, element| {
             let (score, dp) = (self.s.registers[i], self.dp.registers[i]);
             let [minus_lse, delta] = [self.minus_lse, self.delta].map(|stats| stats[element.row]);
-            dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta }).dx);
+            let kept = config.dropout.then(|| self.kept.at(i));
+            dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta, kept }).dx);
         });
     }
 
@@ -656,7 +686,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             last_column: 0,
             dim: config.head_dim,
         };
-        rows.write::<H>(k, &self.dq, Some(params.scale));
+        rows.write::<H>(k, &self.dq, Some(params.d_scale()));
         if config.repair {
             let exact = Exact::<H>::new(work, item.sequence, item.batch);
             exact.repair_queries(item.head, &rows, &self.dq);

@@ -10,6 +10,7 @@ use super::repair::RowEnd;
 use super::work::{Blocks, Work, WorkTile};
 use super::{FwdConfig, Params, Shared};
 use crate::kernels::fragment::Scores;
+use crate::kernels::philox::Kept;
 use crate::kernels::program::{Place, Slope};
 
 /// Statistics of the thread's two rows, in base 2: the reference that exponents are taken against (once any key was
@@ -56,6 +57,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     o: Fragment<'k>,
     s: Fragment<'k>,
     p: Vec<[Reg<'k, H>; 4]>,
+    /// What dropout keeps of P, if there is any.
+    kept: Kept<'k>,
     softmax: OnlineSoftmax<'k>,
     /// Zero as long as all that was written is finite, NaN from then on.
     broken: Reg<'k, f32>,
@@ -88,6 +91,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             o: Fragment::new(k, config.head_dim_v.next_multiple_of(16)),
             s: Fragment::new(k, config.tile_n),
             p: fragments(config.tile_n / 16),
+            kept: Kept::new(k, if config.dropout { config.tile_n } else { 0 }),
             softmax: OnlineSoftmax {
                 reference: [k.reg(), k.reg()],
                 row_sum: [k.reg(), k.reg()],
@@ -119,12 +123,13 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             k.wgmma_fence();
             self.scores(q_state, k_state);
             k.wgmma_commit();
+            self.keep(&tile);
             k.wgmma_wait(0);
             shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
             k_state.advance();
             self.modify_and_mask(&tile);
             self.exponentiate();
-            self.probabilities(&tile);
+            self.probabilities();
             let switch = k.reg::<bool>();
             k.loop_(|| {
                 left.set(left - 1);
@@ -154,6 +159,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.values(v_state);
                 k.wgmma_commit();
                 self.pass_turn();
+                self.keep(&tile);
                 k.wgmma_wait(1);
                 shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
                 k_state.advance();
@@ -162,7 +168,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 k.wgmma_wait(0);
                 shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
                 v_state.advance();
-                self.probabilities(&tile);
+                self.probabilities();
                 k.if_else(
                     switch,
                     || {
@@ -509,10 +515,19 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
-    /// P, dropped out and rounded.
-    fn probabilities(&self, tile: &WorkTile<'k>) {
+    /// What dropout keeps of the block, which needs nothing of its scores.
+    fn keep(&self, tile: &WorkTile<'k>) {
         if let Some(dropout) = &self.params.dropout {
-            self.place(tile).drop_out(dropout.seed, dropout.threshold);
+            self.place(tile).keep(&self.kept, dropout);
+        }
+    }
+
+    /// P, dropped out and rounded.
+    fn probabilities(&self) {
+        if self.config.dropout {
+            for (i, &p) in self.s.registers.iter().enumerate() {
+                p.set(self.kept.at(i).select(p, 0.0));
+            }
         }
         for (step, registers) in self.p.iter().enumerate() {
             for (&register, value) in registers.iter().zip(self.s.a_operand::<H>(self.k, step)) {

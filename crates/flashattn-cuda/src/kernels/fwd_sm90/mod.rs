@@ -40,6 +40,7 @@ use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::Element;
 use ptx::{BF16x2, F16x2, Kernel, Pipeline, Target, TensorMap, TileLayout, build};
 
+use super::philox::Dropout;
 use super::program::TableArgs;
 use consumer::Consumer;
 use repair::GlobalTensor;
@@ -202,16 +203,6 @@ struct Params<'k> {
     pub inputs: [GlobalTensor<'k>; 3],
 }
 
-/// What dropout needs.
-struct Dropout<'k> {
-    /// Low and high half.
-    pub seed: [Reg<'k, u32>; 2],
-    /// Words below it drop.
-    pub threshold: Reg<'k, u32>,
-    /// 1 / (1 − p).
-    pub keep_scale: Reg<'k, f32>,
-}
-
 impl<'k> Params<'k> {
     fn new(k: &'k Builder, config: &FwdConfig) -> Self {
         let maps = ["q", "k", "v"].map(|name| k.param_tensor_map(name));
@@ -231,10 +222,7 @@ impl<'k> Params<'k> {
         let rows = (config.mask == MaskKind::Blocks).then(|| ["rows", "runs"].map(|name| k.param_ptr(name)));
         let mask_tables = tables(k, "mask", &config.mask_program);
         let score_tables = tables(k, "score", &config.score_mod);
-        let dropout = config.dropout.then(|| {
-            let seed = ["seed_low", "seed_high"].map(|name| k.param_u32(name));
-            Dropout { seed, threshold: k.param_u32("threshold"), keep_scale: k.param_f32("keep_scale") }
-        });
+        let dropout = config.dropout.then(|| Dropout::param(k));
         let sinks = config.sinks.then(|| k.param_ptr("sinks"));
         let cu_seqlens =
             config.varlen.then(|| ["cu_seqlens_q", "cu_seqlens_k"].map(|name| k.param_ptr(name)));

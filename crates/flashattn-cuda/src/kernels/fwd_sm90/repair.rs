@@ -23,7 +23,6 @@ use ptx::build::{Address, Half, Reg};
 use super::Params;
 use super::consumer::{Consumer, half_bits};
 use super::work::WorkTile;
-use crate::kernels::philox::philox4x32;
 use crate::kernels::program::{Element, ProgramEmitter};
 
 /// A tensor of the caller's in global memory.
@@ -133,7 +132,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             let base = end.reference.eq(f32::NEG_INFINITY).select(0.0, end.reference);
             let sums: Vec<_> = broken.iter().map(|_| k.var(0.0f32)).collect();
             let add = |score: Reg<'k, f32>, key, at| {
-                let p = self.kept(tile, &row, key, (score - base).exp2());
+                let p = self.dropped_out(tile, &row, key, (score - base).exp2());
                 for (sum, bits) in sums.iter().zip(self.columns(params.inputs[2].at(at), config.head_dim_v)) {
                     sum.set(p.fma(self.float(bits), *sum));
                 }
@@ -257,12 +256,14 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     }
 
     /// A key's p, or 0 if it is dropped.
-    fn kept(&self, tile: &WorkTile<'k>, row: &Row<'k>, key: Reg<'k, u32>, p: Reg<'k, f32>) -> Reg<'k, f32> {
+    fn dropped_out(
+        &self,
+        tile: &WorkTile<'k>,
+        row: &Row<'k>,
+        key: Reg<'k, u32>,
+        p: Reg<'k, f32>,
+    ) -> Reg<'k, f32> {
         let Some(dropout) = &self.params.dropout else { return p };
-        let counter = [key >> 2, row.index, tile.head, tile.batch];
-        let [a, b, c, d] = philox4x32(counter, dropout.seed);
-        let odd = (key & 1).ne(0);
-        let word = (key & 2).ne(0).select(odd.select(d, c), odd.select(b, a));
-        word.lt(dropout.threshold).select(0.0, p)
+        dropout.keeps(&self.place(tile).place, row.index, key).select(p, 0.0)
     }
 }
