@@ -94,7 +94,7 @@ pub struct BackwardPlan {
     pub zeroed: Vec<GradTensor>,
     /// Blocks of the preprocessing kernel, and of the one after the main one that takes dQ from its sums.
     pub query_blocks: u32,
-    /// Items of work of the main kernel: blocks of keys, whole clusters of them.
+    /// Items of work of the main kernel.
     pub items: u32,
     /// Items of work of the kernel that computes dQ by itself; 0 if there is none.
     pub query_items: u32,
@@ -154,9 +154,7 @@ impl BackwardPlan {
     pub fn grids(&self, multiprocessors: u32) -> [u32; 3] {
         let after =
             if self.config.own_dq { self.query_items.min(multiprocessors) } else { self.query_blocks };
-        let cluster = self.config.cluster();
-        let main = self.items.min((multiprocessors / cluster).max(1) * cluster);
-        [self.query_blocks, main, after]
+        [self.query_blocks, self.items.min(multiprocessors), after]
     }
 
     /// Bytes of workspace in all.
@@ -486,12 +484,7 @@ fn count(p: &AttentionProblem, config: &BwdConfig) -> Result<[u32; 3], PlanError
         }
     };
     let queries = |tile: u32| blocks(p.total_q(), p.seqlen_q, tile, p.heads_q);
-    let cluster = config.cluster();
-    let clusters = blocks(p.total_k(), p.seqlen_k, config.tile_n() * cluster, p.heads_kv)?;
-    let Some(items) = clusters.checked_mul(cluster).filter(|&items| items < 1 << 31) else {
-        let got = format!("{clusters} times {cluster} blocks of keys");
-        return unsupported(Feature::Size, got, "fewer than 2^31");
-    };
+    let items = blocks(p.total_k(), p.seqlen_k, config.tile_n(), p.heads_kv)?;
     let query_items = if config.own_dq { queries(BwdConfig::QUERIES)? } else { 0 };
     Ok([queries(config.tile_m)?, items, query_items])
 }

@@ -127,18 +127,6 @@ impl BwdConfig {
         }
     }
 
-    /// Whether two blocks of a cluster take neighbouring blocks of keys and share the loads of Q and dO: narrow blocks of keys ask more
-    /// of L2 than it has. Lists of blocks, and those that begin elsewhere on the left, differ between neighbours.
-    pub(crate) fn paired(&self) -> bool {
-        let band = matches!(self.mask, MaskKind::Band { left: false, .. });
-        self.split == Split::Columns && self.own_dq && band && !self.programs()
-    }
-
-    /// Blocks of a cluster.
-    pub(crate) fn cluster(&self) -> u32 {
-        if self.paired() { 2 } else { 1 }
-    }
-
     fn dq_part(&self) -> DqPart {
         match self.split {
             Split::Columns => DqPart::Columns,
@@ -158,10 +146,9 @@ impl BwdConfig {
         if self.busy_producers() { (40, 232) } else { (24, 240) }
     }
 
-    /// Whether the producers have more to keep: lists of blocks, packed sequences, both ends of a band, or a cluster's items.
+    /// Whether the producers have more to keep: lists of blocks, packed sequences, or both ends of a band.
     fn busy_producers(&self) -> bool {
-        let both = MaskKind::Band { left: true, right: true };
-        self.varlen || self.programs() || self.mask == both || self.paired()
+        self.varlen || self.programs() || self.mask == MaskKind::Band { left: true, right: true }
     }
 
     fn layout(&self, rows: u32, columns: u32, halved: bool) -> TileLayout {
@@ -466,8 +453,8 @@ impl<'k> Shared<'k> {
             item_pipeline: Pipeline::new(k, "item", 2, warps + 1, 1),
             k_pipeline: Pipeline::new(k, "k", 1, warps, 1),
             v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
-            q_pipeline: Pipeline::new(k, "q", stages, warps, config.cluster()),
-            do_pipeline: Pipeline::new(k, "do", config.do_stages, warps, config.cluster()),
+            q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
+            do_pipeline: Pipeline::new(k, "do", config.do_stages, warps, 1),
         }
     }
 }
@@ -501,7 +488,6 @@ pub fn flash_bwd_sm90_queries(config: &BwdConfig) -> Kernel {
 
 fn emit<H: Half>(config: &BwdConfig) -> Kernel {
     build(&config.name(""), Target::Sm90a, 128 * (1 + CONSUMERS), |k| {
-        k.cluster([config.cluster(), 1, 1]);
         let params = Params::new(k, config);
         let shared = Shared::new(k, config);
         let work = Work::new(k, config, &params);
@@ -512,8 +498,7 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             }
             k.fence_mbarrier_init();
         });
-        let sync = || if config.paired() { k.sync_cluster() } else { k.sync_threads() };
-        sync();
+        k.sync_threads();
         let warp = k.warp();
         let (few, many) = config.registers();
         k.if_else(
@@ -529,9 +514,5 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
                 Consumer::<H>::new(&work, &shared, warp).run();
             },
         );
-        if config.paired() {
-            // The other block may still say that it has read what came from this one.
-            k.sync_cluster();
-        }
     })
 }

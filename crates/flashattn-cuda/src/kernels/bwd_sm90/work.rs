@@ -74,22 +74,6 @@ pub(super) fn tell_or_hear<'k, T>(
     item
 }
 
-/// Numbers of items dealt out in turn.
-struct Deal<'k> {
-    first: Reg<'k, u32>,
-    /// How far the next one is.
-    step: Reg<'k, u32>,
-    /// The sum of two steps.
-    round: Reg<'k, u32>,
-}
-
-impl<'k> Deal<'k> {
-    fn advance(&self, next: Reg<'k, u32>) {
-        next.set(next + self.step);
-        self.step.set(self.round - self.step);
-    }
-}
-
 /// What a launch has to do.
 pub(super) struct Work<'a, 'k> {
     pub k: &'k Builder,
@@ -153,25 +137,17 @@ impl<'a, 'k> Work<'a, 'k> {
         head * self.params.tiles + sequence.tile + m_block
     }
 
-    /// Blocks of keys of the longest sequence for each cluster to take.
-    fn columns(&self) -> Reg<'k, u32> {
-        (self.n_blocks() + (self.config.cluster() - 1)) / self.config.cluster()
-    }
-
     /// The item with this number: groups of heads, so that their Q and dO stay in L2; within a group the first keys of all
     /// its heads first, as those are seen by the most queries under a causal mask.
     fn item(&self, number: Reg<'k, u32>) -> WorkItem<'k> {
         let params = self.params;
-        let (heads, columns) = (params.heads_kv * params.batch, self.columns());
-        let exists = number.lt(heads * columns);
-        let width = params.head_group * columns;
+        let (heads, n_blocks) = (params.heads_kv * params.batch, self.n_blocks());
+        let exists = number.lt(heads * n_blocks);
+        let width = params.head_group * n_blocks;
         let (group, inside) = (number / width, number % width);
         let first = group * params.head_group;
         let size = (heads - first).min(params.head_group);
-        let mut n_block = inside / size;
-        if self.config.paired() {
-            n_block = n_block * 2 + self.k.cluster_rank();
-        }
+        let n_block = inside / size;
         let head_and_batch = exists.select(first + inside % size, 0u32);
         let (batch, head_kv) = (head_and_batch / params.heads_kv, head_and_batch % params.heads_kv);
         let sequence = self.sequence(batch);
@@ -210,11 +186,11 @@ impl<'a, 'k> Work<'a, 'k> {
         row.mad_wide(16, self.params.rows.map_or(self.params.stats, |[rows, _]| rows)).address()
     }
 
-    /// First block of queries that sees keys of the item, or of its cluster's, under a band, and one past the last.
+    /// First block of queries that sees keys of the item under a band, and one past the last.
     fn band(&self, item: &WorkItem<'k>) -> [Reg<'k, u32>; 2] {
         let (k, tile_m, tile_n) = (self.k, self.config.tile_m, self.config.tile_n());
         let Sequence { seqlen_q, seqlen_k, .. } = item.sequence;
-        let first = (item.n_block / self.config.cluster()) * (self.config.cluster() * tile_n);
+        let first = item.n_block * tile_n;
         let end = (first + tile_n).min(seqlen_k);
         let shift = (seqlen_k - seqlen_q).bits::<i32>();
         let [left, right] = self.params.band;
@@ -315,19 +291,12 @@ impl<'a, 'k> Work<'a, 'k> {
         let (items, item_state) = (shared.item_pipeline, shared.item_pipeline.start(k));
         let (once_state, state) = (once.start(k), pipeline.start(k));
         let stats_bytes = config.stats_bytes();
-        let dealt = (config.paired() && what == Loads::Queries).then(|| self.deal());
-        let next = (what == Loads::Queries).then(|| match &dealt {
-            Some(dealt) => dealt.first,
-            None => k.var(self.take(self.items())),
-        });
+        let next = (what == Loads::Queries).then(|| k.var(self.take(self.items())));
         k.loop_(|| {
             let taken = next.map(|next| {
                 let item = self.item(next);
-                match &dealt {
-                    Some(dealt) => dealt.advance(next),
-                    // Asked for now, so that it is there when this item has been loaded.
-                    None => k.if_(item.exists.ne(0), || next.set(self.take(self.items()))),
-                }
+                // Asked for now, so that it is there when this item has been loaded.
+                k.if_(item.exists.ne(0), || next.set(self.take(self.items())));
                 item
             });
             let (slot, tell) = (item_state.index, |item: &_| self.tell(shared, item_state.index, item));
@@ -359,11 +328,7 @@ impl<'a, 'k> Work<'a, 'k> {
                         }
                     }
                     let to = stages + state.index * stage_layout.bytes();
-                    if config.paired() {
-                        self.share(stage_layout, to, stage_map, queries, full);
-                    } else {
-                        self.panels(stage_layout, to, stage_map, queries, full);
-                    }
+                    self.panels(stage_layout, to, stage_map, queries, full);
                     state.advance();
                 });
             });
@@ -380,36 +345,6 @@ impl<'a, 'k> Work<'a, 'k> {
     pub fn take(&self, items: Reg<'k, u32>) -> Reg<'k, u32> {
         let limit = items + (self.k.nctaid(0) - 1);
         self.params.counter.address().atom(AtomOp::Inc, limit, Order::Relaxed)
-    }
-
-    /// A cluster's numbers, without a word between its blocks: each round of all clusters the other way, so that the longer items
-    /// do not always fall to the same ones.
-    fn deal(&self) -> Deal<'k> {
-        let (k, cluster) = (self.k, self.config.cluster());
-        let (mine, clusters) = (k.ctaid(0) / cluster, k.nctaid(0) / cluster);
-        Deal { first: k.var(mine), step: k.var((clusters - mine) * 2 - 1), round: clusters * 2 }
-    }
-
-    /// Asks for this block's half of a tile's panels, for both blocks of the cluster.
-    fn share(
-        &self,
-        layout: TileLayout,
-        to: Address<'k, u32>,
-        map: Address<'k, u64>,
-        at: [Reg<'k, u32>; 3],
-        on: Mbarrier<'k>,
-    ) {
-        let [row, head, batch] = at.map(|r| r.bits::<i32>());
-        let half = layout.panels() / 2;
-        let (to, first) = (
-            to + self.k.cluster_rank() * (half * layout.panel_bytes()),
-            self.k.cluster_rank() * (half * layout.panel_columns()),
-        );
-        for panel in 0..half {
-            let column = (first + panel * layout.panel_columns()).bits::<i32>();
-            let to = to.at((panel * layout.panel_bytes()) as i32);
-            self.k.tma_load_multicast(to, map, &[column, row, head, batch], on, 0b11u16);
-        }
     }
 
     /// Asks for all panels of a tile.
