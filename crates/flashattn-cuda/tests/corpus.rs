@@ -15,6 +15,7 @@ use flashattn_cuda::config::{Extras, Tiles};
 use flashattn_cuda::kernels::{CopyConfig, FwdConfig, copy_rows, flash_fwd_sm90};
 use flashattn_cuda::plan::{Argument, Feature, ForwardPlan, PlanError, Strides, Tensor};
 use flashattn_cuda::stage::{Layout, Location, StagedPlan};
+use flashattn_spec::io::{Device, IoModel, LoopOrder, Pass, Tiling};
 use flashattn_spec::mask::Mask;
 use flashattn_spec::reference::forward;
 use flashattn_spec::score_mod::ScoreMod;
@@ -34,6 +35,8 @@ struct Emulator {
     /// Instead of the tuning table's choice.
     tiles: Option<Tiles>,
     kernels: Mutex<HashMap<FwdConfig, Arc<Kernel>>>,
+    /// Of the last launch: with which config, and what it did.
+    last: Mutex<Option<(FwdConfig, ptx::emulate::Report)>>,
 }
 
 impl Emulator {
@@ -127,7 +130,8 @@ impl Executor for Emulator {
             seed: hasher.finish(),
             ..Launch::default()
         };
-        emulate(&kernel, &mut memory, &launch).map_err(failed)?;
+        let report = emulate(&kernel, &mut memory, &launch).map_err(failed)?;
+        *self.last.lock().expect("no thread panics with it") = Some((plan.config.clone(), report));
         if memory.read::<u32>(counter).map_err(failed)?[0] != 0 {
             return Err(ExecError::Failed("the tile counter is not back at 0".to_owned()));
         }
@@ -292,6 +296,54 @@ fn kept_references_in_the_emulator() {
         }
     }
     only(&run(&Emulator::default(), &cases), &[]);
+}
+
+/// What the kernel reads and writes of each tensor is what the IO model counts with the kernel's own tiles, to the byte.
+#[test]
+fn bytes_are_those_of_the_io_model() {
+    let shapes = [
+        (2, [300, 300], [4, 2], [64, 64]),
+        (1, [130, 517], [3, 1], [128, 72]),
+        (1, [700, 260], [2, 2], [256, 96]),
+    ];
+    let masks = [Mask::Full, Mask::Causal, Mask::window(150, 20), Mask::chunked(128)];
+    for (batch, [m, n], [heads, heads_kv], [d, dv]) in shapes {
+        for mask in &masks {
+            let mut p = AttentionProblem::new(batch, m, heads, d, DType::Bf16);
+            (p.heads_kv, p.seqlen_k, p.head_dim_v, p.mask) = (heads_kv, n, dv, mask.clone());
+            let tensor = |shape: [usize; 4]| -> Vec<bf16> {
+                (0..shape.into_iter().product())
+                    .map(|i| bf16::from_f32((i * 37 % 101) as f32 / 50.0 - 1.0))
+                    .collect()
+            };
+            let [q, k, v] = [p.q_shape(), p.k_shape(), p.v_shape()].map(tensor);
+            let view = |data, shape| View::new(data, shape).expect("as long as the shape says");
+            let inputs = Inputs {
+                q: view(&q, p.q_shape()),
+                k: view(&k, p.k_shape()),
+                v: view(&v, p.v_shape()),
+                sinks: None,
+            };
+            let (mut o, mut lse) = (tensor(p.o_shape()), vec![f32::NAN; p.lse_len()]);
+            let o = ViewMut::new(&mut o, p.o_shape()).expect("as long as the shape says");
+            let emulator = Emulator::default();
+            emulator.forward(&p, &inputs, &mut Outputs { o, lse: &mut lse }).expect("runs");
+            let (config, report) =
+                emulator.last.into_inner().expect("no thread panicked").expect("was launched");
+            let [tile_m, tile_n] = [config.tile_m(), config.tile_n].map(|x| x as usize);
+            let tiling = Tiling::new(&p, LoopOrder::QOuter, tile_m, tile_n);
+            let model = IoModel::flash(&p, &Device::h100(), Pass::Forward, &tiling).expect("a valid problem");
+            for name in ["q", "k", "v", "o", "lse"] {
+                let (counted, said) = (report.buffers[name], model.tensor(name).expect("the model has it"));
+                let counted = [counted.read, counted.written].map(u128::from);
+                assert_eq!(
+                    counted,
+                    [said.read, said.written],
+                    "{name}, {mask:?}, {m}x{n}, head_dim {d}, tiles {tile_m}x{tile_n}"
+                );
+            }
+        }
+    }
 }
 
 /// Products that overflow to −∞ where the first block's scores are sampled, and for other keys do not: these count, whether exp(score)
