@@ -95,7 +95,7 @@ fn caller(tensor: GradTensor) -> Option<usize> {
         Sinks => 10,
         DSinks => 11,
         DTable(i) => NAMES.len() + i,
-        DqSums | Stats | SinkSums | Counter | Upload(_) => return None,
+        DqSums | Stats | SinkSums | TableSums(_) | Counter | Upload(_) => return None,
     })
 }
 
@@ -346,13 +346,15 @@ impl Backward {
         }
         let mut launch = || {
             for &tensor in &plan.zeroed {
-                let len = match tensor {
-                    GradTensor::DTable(i) => self.tables[i],
-                    _ => self.problem.heads_q,
+                let workspace = plan.workspace.iter().find(|&&(other, _)| other == tensor);
+                let bytes = match (tensor, workspace) {
+                    (_, Some(&(_, bytes))) => bytes,
+                    (GradTensor::DTable(i), _) => 4 * self.tables[i],
+                    _ => 4 * self.problem.heads_q,
                 };
-                // SAFETY: the caller's slice, whose length was checked.
-                let floats = unsafe { self.device.buffer_from_raw(place(tensor, &addresses), 4 * len) };
-                floats.fill(stream, 0)?;
+                // SAFETY: the caller's slice, whose length was checked; or the workspace, which has room for it.
+                let memory = unsafe { self.device.buffer_from_raw(place(tensor, &addresses), bytes) };
+                memory.fill(stream, 0)?;
             }
             let Some(modules) = modules else { return Ok(()) };
             let (before, after) = prepared.copies.split_at(staged.before.len());

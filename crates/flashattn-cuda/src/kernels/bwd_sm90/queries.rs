@@ -7,7 +7,8 @@
 //! as many blocks as multiprocessors; each takes items (128 queries, head, batch) from a counter:
 //!   producers (two threads):  Q, dO; then for each visible n_block: K; and V; each into stages of its own
 //!   a warp beside them:       the sinks' gradients from their tiles' sums
-//!   consumers (two warpgroups, 64 queries each), for each n_block:
+//!   consumers (two warpgroups, 64 queries each):
+//!     the gradients of tables from their exact sums, if they have such; then for each n_block:
 //!       S = Q·Kᵀ, dP = dO·Vᵀ                     (S issued before, dP behind the dQ of the block before)
 //!       dS = exp2(scale·S − lse) ∘ (dP − D)      in registers: it is the next product's operand
 //!       dQ += dS·K
@@ -25,7 +26,7 @@ use super::exact::Exact;
 use super::output::Rows;
 use super::postprocess::sum_sinks;
 use super::work::{Loads, Sequence, Work, tell_or_hear};
-use super::{BwdConfig, CONSUMERS, Params};
+use super::{BwdConfig, CONSUMERS, Params, superaccumulator};
 use crate::kernels::program::{Element, ProgramEmitter};
 
 /// Queries of an item.
@@ -145,10 +146,26 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             },
             || {
                 k.raise_registers(many);
+                // In the shadow of the first loads.
+                add_table_sums(k, &params);
                 Consumer::<H>::new(&items, &shared, warp).run();
             },
         );
     })
+}
+
+/// Adds what the main kernel summed up exactly to the gradients of tables: by the consumers of all blocks, of which this is one.
+fn add_table_sums<'k>(k: &'k Builder, params: &Params<'k>) {
+    const THREADS: u32 = 128 * CONSUMERS;
+    for &(sums, gradient) in &params.table_sums {
+        let elements = sums.dims.into_iter().flatten().fold(k.var(1u32), |a, b| a * b);
+        let first = k.ctaid(0) * THREADS + (k.tid(0) - 128);
+        k.for_(first, elements, k.nctaid(0) * THREADS, |i| {
+            let sum = superaccumulator::total(i.mad_wide(sums.bytes, sums.data));
+            let to = i.mad_wide(4, gradient).address();
+            to.store(to.load::<f32>() + sum);
+        });
+    }
 }
 
 /// What a launch has to do.
