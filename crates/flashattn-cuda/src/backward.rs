@@ -136,8 +136,8 @@ impl Backward {
     ///
     /// dk, dv and the sinks' gradient are bit-identical over runs in any case. dq is if a head dimension is above 128, if there are
     /// at most as many keys as a block has, or if the plan is `deterministic`: then no blocks add to it, but a kernel of its own
-    /// computes the scores again, which takes more time and less memory. Gradients of tables are added up in any order, and refused
-    /// by deterministic plans.
+    /// computes the scores again, which takes more time and less memory. Gradients of tables are added up in any order; by
+    /// deterministic plans without rounding, so that they, too, are bit-identical.
     ///
     /// # Errors
     /// What is wrong with the problem; [`Error::Plan`] for what the kernels do not take, [`Error::Target`] for a GPU that they
@@ -180,7 +180,7 @@ impl Backward {
         &self.problem
     }
 
-    /// Whether dq has the same bits in every run.
+    /// Whether dq and the gradients of tables have the same bits in every run.
     pub fn deterministic(&self) -> bool {
         self.deterministic
     }
@@ -205,8 +205,8 @@ impl Backward {
         Ok(self.prepared(layout)?.plan.staged.staged().collect())
     }
 
-    /// Bytes of a workspace for tensors that lie so: dq in f32 and two numbers for each row of queries, linear in the length; and
-    /// what is staged.
+    /// Bytes of a workspace for tensors that lie so: dq in f32 and two numbers for each row of queries, linear in the length; exact
+    /// sums of the gradients of tables, if deterministic; and what is staged.
     ///
     /// # Errors
     /// As [`Backward::run`].
