@@ -16,6 +16,7 @@
 //! ```
 
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
 use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::WgmmaShape;
@@ -605,7 +606,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         if let Some((program, _)) = &self.config.mask_program {
             let place = place(self.items.work, sequence, item.batch, item.head);
             let mut emitter = ProgramEmitter::new(k, program, &params.mask_tables, place);
-            self.each(item, key, |i, element| {
+            self.each(0..fragment.registers.len(), item, key, |i, element| {
                 let visible = emitter.bool(element);
                 fragment.registers[i].set(visible.select(fragment.registers[i], value));
             });
@@ -629,17 +630,24 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
-    /// Runs `body` for each register with its place.
-    fn each(&self, item: &Item<'k>, key: Reg<'k, u32>, mut body: impl FnMut(usize, &Element<'k>)) {
+    /// Runs `body` for each of these registers, whole fours, with its place.
+    fn each(
+        &self,
+        registers: Range<usize>,
+        item: &Item<'k>,
+        key: Reg<'k, u32>,
+        mut body: impl FnMut(usize, &Element<'k>),
+    ) {
         let [row, key] = [self.row(item), key].map(|r| r.bits::<i32>());
         let rows = [row, row + 8];
         let mut keys: Vec<Reg<'k, i32>> = Vec::new();
-        for i in 0..self.s.registers.len() {
+        let first = registers.start / 2;
+        for i in registers {
             let (row, column) = (Fragment::half(i), i / 4 * 2 + i % 2);
-            if column == keys.len() {
+            if column - first == keys.len() {
                 keys.push(key + Fragment::column_offset(i) as i32);
             }
-            body(i, &Element { row, column, q: rows[row], kv: keys[column], kv_offset: None });
+            body(i, &Element { row, column, q: rows[row], kv: keys[column - first], kv_offset: None });
         }
     }
 
@@ -651,12 +659,23 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
         k.if_(partial, || self.hide(item, key, &self.s, f32::NEG_INFINITY));
         let place = place(self.items.work, &item.sequence, item.batch, item.head);
-        let mut formula = Formula::new(k, config, params, place);
-        self.each(item, key, |i, element| {
-            let (score, dp) = (self.s.registers[i], self.dp.registers[i]);
-            let [minus_lse, delta] = [self.minus_lse, self.delta].map(|stats| stats[element.row]);
-            dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta }).dx);
-        });
+        let some = |registers| {
+            let mut formula = Formula::new(k, config, params, place);
+            self.each(registers, item, key, |i, element| {
+                let (score, dp) = (self.s.registers[i], self.dp.registers[i]);
+                let [minus_lse, delta] = [self.minus_lse, self.delta].map(|stats| stats[element.row]);
+                dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta }).dx);
+            });
+        };
+        let all = self.s.registers.len();
+        if params.table_sums.len() < 2 {
+            return some(0..all);
+        }
+        // Of programs that learn several tables, which are long and read much, ptxas would have too much in hand at a time. It does
+        // not see that each branch is taken.
+        for first in (0..all).step_by(4) {
+            k.if_(item.exists.ne(0), || some(first..first + 4));
+        }
     }
 
     /// dQ of the queries that exist.
