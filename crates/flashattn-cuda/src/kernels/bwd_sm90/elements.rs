@@ -322,5 +322,9 @@ impl<'k> TableSums<'k> {
                 }
             }
         }
+        if self.grads.iter().any(|grad| grad.exact) {
+            // Lanes have parted; products want them together.
+            self.k.sync_warp();
+        }
     }
 }

@@ -166,6 +166,7 @@ fn add_table_sums<'k>(k: &'k Builder, params: &Params<'k>) {
             let to = i.mad_wide(4, gradient).address();
             to.store(to.load::<f32>() + sum);
         });
+        k.sync_warp();
     }
 }
 
