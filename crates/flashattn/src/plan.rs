@@ -130,7 +130,7 @@ impl<T: Element> Plan<T> {
     /// Sets whether gradients have the same bits in every run: see [`crate::Attention::deterministic`].
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if the device cannot do it: on a GPU an element of a table's gradient has less than 2³⁹ terms then.
+    /// [`Error::Unsupported`] if the device cannot do it: a GPU not where 2³⁹ pairs of query and key may add to one element of a table.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs have the choice"))]
     pub fn deterministic(mut self, deterministic: bool) -> Result<Self, Error> {
         match &mut self.executor {
