@@ -22,9 +22,8 @@ Examples:
       on a GPU, with gradients that have the same bits in every run
 
 Right means: no output is farther from the f64 oracle than twice what standard attention errs in the same type, plus a
-few roundings. Exit status 1 if a case fails, is skipped, or none was run. A GPU refuses f32, head_dim above 256, and gradients
-of tables if they shall be deterministic, by name: there such cases are listed, and do not make the status 1 as long as others
-pass.";
+few roundings. Exit status 1 if a case fails, is skipped, or none was run. A GPU refuses f32 and head_dim above 256, by name:
+there such cases are listed, and do not make the status 1 as long as others pass.";
 
 /// Options of `flashattn check`.
 #[derive(Args, Clone, Debug)]

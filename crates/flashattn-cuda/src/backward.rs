@@ -95,7 +95,7 @@ fn caller(tensor: GradTensor) -> Option<usize> {
         Sinks => 10,
         DSinks => 11,
         DTable(i) => NAMES.len() + i,
-        DqSums | Stats | SinkSums | Counter | Upload(_) => return None,
+        DqSums | Stats | SinkSums | TableSums(_) | Counter | Upload(_) => return None,
     })
 }
 
@@ -136,8 +136,8 @@ impl Backward {
     ///
     /// dk, dv and the sinks' gradient are bit-identical over runs in any case. dq is if a head dimension is above 128, if there are
     /// at most as many keys as a block has, or if the plan is `deterministic`: then no blocks add to it, but a kernel of its own
-    /// computes the scores again, which takes more time and less memory. Gradients of tables are added up in any order, and refused
-    /// by deterministic plans.
+    /// computes the scores again, which takes more time and less memory. Gradients of tables are added up in any order; by
+    /// deterministic plans without rounding, so that they, too, are bit-identical.
     ///
     /// # Errors
     /// What is wrong with the problem; [`Error::Plan`] for what the kernels do not take, [`Error::Target`] for a GPU that they
@@ -180,7 +180,7 @@ impl Backward {
         &self.problem
     }
 
-    /// Whether dq has the same bits in every run.
+    /// Whether dq and the gradients of tables have the same bits in every run.
     pub fn deterministic(&self) -> bool {
         self.deterministic
     }
@@ -205,8 +205,8 @@ impl Backward {
         Ok(self.prepared(layout)?.plan.staged.staged().collect())
     }
 
-    /// Bytes of a workspace for tensors that lie so: dq in f32 and two numbers for each row of queries, linear in the length; and
-    /// what is staged.
+    /// Bytes of a workspace for tensors that lie so: dq in f32 and two numbers for each row of queries, linear in the length; exact
+    /// sums of the gradients of tables, if deterministic; and what is staged.
     ///
     /// # Errors
     /// As [`Backward::run`].
@@ -346,13 +346,15 @@ impl Backward {
         }
         let mut launch = || {
             for &tensor in &plan.zeroed {
-                let len = match tensor {
-                    GradTensor::DTable(i) => self.tables[i],
-                    _ => self.problem.heads_q,
+                let workspace = plan.workspace.iter().find(|&&(other, _)| other == tensor);
+                let bytes = match (tensor, workspace) {
+                    (_, Some(&(_, bytes))) => bytes,
+                    (GradTensor::DTable(i), _) => 4 * self.tables[i],
+                    _ => 4 * self.problem.heads_q,
                 };
-                // SAFETY: the caller's slice, whose length was checked.
-                let floats = unsafe { self.device.buffer_from_raw(place(tensor, &addresses), 4 * len) };
-                floats.fill(stream, 0)?;
+                // SAFETY: the caller's slice, whose length was checked; or the workspace, which has room for it.
+                let memory = unsafe { self.device.buffer_from_raw(place(tensor, &addresses), bytes) };
+                memory.fill(stream, 0)?;
             }
             let Some(modules) = modules else { return Ok(()) };
             let (before, after) = prepared.copies.split_at(staged.before.len());

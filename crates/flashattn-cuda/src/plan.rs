@@ -28,22 +28,14 @@ pub enum Feature {
     Stride,
     /// Addresses of the same kind.
     Address,
-    /// More tiles, blocks or elements of a table than 32 bits count.
+    /// More tiles, blocks or elements of a table than 32 bits count; more terms of a sum than it has room for.
     Size,
-    /// A fixed order of sums.
-    Deterministic,
 }
 
 impl Feature {
     /// All of them.
-    pub const ALL: [Feature; 6] = [
-        Feature::DType,
-        Feature::HeadDim,
-        Feature::Stride,
-        Feature::Address,
-        Feature::Size,
-        Feature::Deterministic,
-    ];
+    pub const ALL: [Feature; 5] =
+        [Feature::DType, Feature::HeadDim, Feature::Stride, Feature::Address, Feature::Size];
 
     /// As errors call it.
     pub const fn name(self) -> &'static str {
@@ -53,7 +45,6 @@ impl Feature {
             Feature::Stride => "stride",
             Feature::Address => "address",
             Feature::Size => "size",
-            Feature::Deterministic => "determinism",
         }
     }
 }

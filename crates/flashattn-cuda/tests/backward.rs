@@ -13,7 +13,10 @@ use emulated::{GRID, copy, failed, refused};
 use flashattn_cuda::kernels::{BwdConfig, flash_bwd_sm90, flash_bwd_sm90_preprocess, flash_bwd_sm90_queries};
 use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
 use flashattn_cuda::stage::{GradLayout, Location, StagedBackward};
+use flashattn_spec::expr::Table;
+use flashattn_spec::mask::Mask;
 use flashattn_spec::reference;
+use flashattn_spec::score_mod::ScoreMod;
 use flashattn_spec::suite::{Case, ExecError, Executor, Report, Runner, corpus, random_cases};
 use flashattn_spec::{
     AttentionProblem, DType, Dropout, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut, philox,
@@ -21,6 +24,7 @@ use flashattn_spec::{
 use half::bf16;
 use ptx::Kernel;
 use ptx::emulate::{Arg, Launch, Memory, emulate};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 /// The kernels of a config, in the order of their launches.
 type Kernels = Arc<[Kernel; 3]>;
@@ -135,7 +139,12 @@ impl Executor for Emulator {
             buffers.insert(tensor, (memory.upload(&format!("{tensor:?}"), data), 0));
         }
         // NaN in the gaps of staged tensors: nothing of them may reach a result.
-        let workspace = memory.upload("workspace", &vec![u32::MAX; staged.workspace as usize / 4]);
+        let mut words = vec![u32::MAX; staged.workspace as usize / 4];
+        for &(tensor, bytes) in plan.workspace.iter().filter(|(tensor, _)| plan.zeroed.contains(tensor)) {
+            let Location::Workspace(offset) = staged.place(tensor) else { continue };
+            words[offset as usize / 4..][..bytes / 4].fill(0);
+        }
+        let workspace = memory.upload("workspace", &words);
         for (i, up) in plan.uploads.iter().enumerate() {
             buffers.insert(G::Upload(i), (memory.upload(&up.name, up.bytes()), 0));
         }
@@ -214,7 +223,7 @@ fn too_wide(case: &Case) -> bool {
 }
 
 /// Runs cases on two threads and prints the report; any failure fails the test, and any refusal but of the head dimension.
-fn run(executor: &Emulator, cases: &[Case]) -> Report {
+fn run(executor: &(impl Executor + Sync), cases: &[Case]) -> Report {
     let mut shares = [Vec::new(), Vec::new()];
     cases.iter().enumerate().for_each(|(i, case)| shares[i % 2].push(case.clone()));
     let [report, other] = std::thread::scope(|scope| {
@@ -225,10 +234,7 @@ fn run(executor: &Emulator, cases: &[Case]) -> Report {
     let report = report.merge(other);
     println!("{report}");
     assert!(report.failed == 0 && report.cases == cases.len());
-    let allowed = |feature: &str| {
-        feature.starts_with(Feature::HeadDim.name())
-            || executor.deterministic && feature.starts_with(Feature::Deterministic.name())
-    };
+    let allowed = |feature: &str| feature.starts_with(Feature::HeadDim.name());
     assert!(report.skips.iter().all(|skip| allowed(&skip.feature)), "{:?}", report.skips);
     report
 }
@@ -292,7 +298,9 @@ impl Executor for Twice {
         let bits = |gradients: &Gradients<T>| {
             let bytes = [&gradients.dq, &gradients.dk, &gradients.dv]
                 .map(|view| bytemuck::cast_slice::<T, u8>(view.as_view().data()).to_vec());
-            (bytes, gradients.d_sinks.as_ref().map(|d_sinks| d_sinks.to_vec()))
+            let numbers =
+                gradients.d_sinks.iter().map(|x| &**x).chain(gradients.d_tables.iter().map(|x| &**x));
+            (bytes, numbers.map(|x| x.iter().map(|x| x.to_bits()).collect()).collect::<Vec<Vec<u32>>>())
         };
         self.0.backward(problem, inputs, given, gradients)?;
         let first = bits(gradients);
@@ -305,17 +313,94 @@ impl Executor for Twice {
 #[test]
 fn deterministic_plans_give_the_same_bits() {
     let mut cases: Vec<Case> = cases().into_iter().filter(|case| case.problem.dtype == DType::Bf16).collect();
-    // Every kind of option; and of each a part, since blocks that wait for each other are emulated on one thread.
-    cases.retain(|case| !too_wide(case) && !case.name.starts_with("not-finite"));
-    let cases: Vec<Case> = cases.into_iter().step_by(5).collect();
-    let twice = Twice(Emulator { deterministic: true, ..Emulator::default() });
-    let report = Runner::new().run(&twice, &cases);
-    println!("{report}");
-    assert!(report.failed == 0 && report.passed > 0 && report.passed + report.skipped == cases.len());
-    // Gradients of tables are refused by name, and nothing else.
-    let refused =
-        |skip: &flashattn_spec::suite::Skip| skip.feature.starts_with(Feature::Deterministic.name());
-    assert!(report.skips.iter().all(refused));
+    // Every kind of option; and of each a part, since blocks that wait for each other are emulated on one thread; but all that learn
+    // tables.
+    cases.retain(|case| !too_wide(case));
+    let learns = |case: &Case| !case.problem.grad_tables().is_empty();
+    let part = cases.iter().enumerate().filter(|&(i, case)| i % 5 == 0 || learns(case));
+    let mut chosen: Vec<Case> = part.map(|(_, case)| case.clone()).collect();
+    // Tables learn what is not finite, too.
+    for case in cases.iter().filter(|case| case.name.starts_with("not-finite")).step_by(3) {
+        let mut case = case.clone();
+        case.name += "/learned";
+        case.problem.score_mod = every_spread(&case.problem);
+        chosen.push(case);
+    }
+    let report = run(&Twice(Emulator { deterministic: true, ..Emulator::default() }), &chosen);
+    assert!(report.all_passed());
+}
+
+/// A score mod that learns four tables, whose elements differ from pair to pair, by query, by key, and by head alone.
+fn every_spread(p: &AttentionProblem) -> ScoreMod {
+    let (h, m, n) = (p.heads_q, p.seqlen_q, p.seqlen_k);
+    let learned = |dims: &[usize]| {
+        let data = (0..dims.iter().product()).map(|i: usize| (i as f32 * 0.7).sin() * 0.3).collect();
+        Table::f32(dims, data).and_then(Table::with_grad).expect("dimensions that fit the data")
+    };
+    let relative = learned(&[h, 33]);
+    let relative =
+        ScoreMod::custom(|s, ix| s + relative[(ix.head, (ix.diagonal() - ix.kv).min(16).max(-16) + 16)]);
+    ScoreMod::Chain(vec![
+        relative.expect("a float"),
+        ScoreMod::bias(learned(&[1, h, m, 1])),
+        ScoreMod::bias(learned(&[1, 1, 1, n])),
+        ScoreMod::Alibi(learned(&[h])),
+    ])
+}
+
+/// Gradients of tables, as a deterministic plan computes them, of dense q, k, v and dO.
+fn table_gradients(p: &AttentionProblem, data: &[Vec<bf16>; 4], seed: u64) -> Vec<Vec<f32>> {
+    let shapes = [p.q_shape(), p.k_shape(), p.v_shape(), p.o_shape()];
+    let [q, k, v, d_o] = [0, 1, 2, 3].map(|i| View::new(&data[i], shapes[i]).expect("dense"));
+    let inputs = Inputs { q, k, v, sinks: None };
+    let mut tensors = shapes.map(|shape| vec![bf16::ZERO; shape.into_iter().product()]);
+    let mut lse = vec![0.0; p.lse_len()];
+    let emulator = Emulator { deterministic: true, seed, ..Emulator::default() };
+    let [dq, dk, dv, o] = &mut tensors;
+    let view = ViewMut::new(o, shapes[3]).expect("dense");
+    emulator.forward(p, &inputs, &mut Outputs { o: view, lse: &mut lse }).expect("runs");
+    let given = GradInputs { o: View::new(o, shapes[3]).expect("dense"), lse: &lse, d_o, d_lse: None };
+    let mut tables: Vec<Vec<f32>> =
+        p.grad_tables().iter().map(|table| vec![0.0; table.data().len()]).collect();
+    let mut gradients = Gradients {
+        dq: ViewMut::new(dq, shapes[0]).expect("dense"),
+        dk: ViewMut::new(dk, shapes[1]).expect("dense"),
+        dv: ViewMut::new(dv, shapes[2]).expect("dense"),
+        d_sinks: None,
+        d_tables: tables.iter_mut().map(|table| &mut **table).collect(),
+    };
+    emulator.backward(p, &inputs, &given, &mut gradients).expect("runs");
+    tables
+}
+
+/// Three sequences that differ in dO alone: huge, minus the same, and tiny. What is left is the tiny one's gradient to the last bit.
+#[test]
+fn gradients_of_tables_cancel_exactly_in_deterministic_plans() {
+    let rng = &mut SmallRng::seed_from_u64(8);
+    for head_dim in [64, 128] {
+        let mut one = AttentionProblem::new(1, 150, 2, head_dim, DType::Bf16);
+        (one.seqlen_k, one.heads_kv, one.mask) = (170, 1, Mask::Causal);
+        one.score_mod = every_spread(&one);
+        let mut three = one.clone();
+        three.batch = 3;
+        let mut draw = |shape: [usize; 4], scale: f32| -> Vec<bf16> {
+            let len = shape.into_iter().product();
+            (0..len).map(|_| bf16::from_f32(rng.random_range(-1.0..1.0f32) * scale)).collect()
+        };
+        let [q, k, v] = [one.q_shape(), one.k_shape(), one.v_shape()].map(|shape| draw(shape, 1.0));
+        let huge = draw(one.o_shape(), 2f32.powi(100));
+        let minus = huge.iter().map(|&x| -x).collect();
+        let tiny = draw(one.o_shape(), 2f32.powi(-100));
+        let bits = |tables: Vec<Vec<f32>>| tables.concat().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let alone = bits(table_gradients(&one, &[q.clone(), k.clone(), v.clone(), tiny.clone()], 0));
+        assert!(alone.iter().any(|&bits| bits != 0));
+        let thrice = [q, k, v].map(|x| x.repeat(3));
+        let [q, k, v] = thrice;
+        let all = [q, k, v, [huge, minus, tiny].concat()];
+        for seed in 0..3 {
+            assert!(bits(table_gradients(&three, &all, seed)) == alone, "head_dim {head_dim}, seed {seed}");
+        }
+    }
 }
 
 /// Each pass a second time, added to what the gradients then hold; the first one's results are left.
@@ -371,7 +456,8 @@ impl Executor for Adding {
         let plain = values(gradients);
         let old: Vec<f32> = (0..plain.len()).map(|i| (i as f32 * 0.37).sin()).collect();
         set(gradients, &old);
-        Emulator { accumulate: true, ..Emulator::default() }.backward(problem, inputs, given, gradients)?;
+        Emulator { accumulate: true, deterministic: self.0.deterministic, ..Emulator::default() }
+            .backward(problem, inputs, given, gradients)?;
         let sums = values(gradients);
         set(gradients, &plain);
         // Orders of sums differ from run to run: a rounding of the gradient, one of the sum, one of what was there.
@@ -394,6 +480,10 @@ impl Executor for Adding {
 fn gradients_are_added_to_what_is_there() {
     let mut cases: Vec<Case> = cases().into_iter().filter(|case| case.problem.dtype != DType::F32).collect();
     cases.retain(|case| !too_wide(case));
+    let learning = cases.iter().filter(|case| !case.problem.grad_tables().is_empty()).step_by(4);
+    let exact: Vec<Case> = learning.cloned().collect();
+    let adding = Adding(Emulator { deterministic: true, ..Emulator::default() });
+    assert!(run(&adding, &exact).all_passed());
     let cases: Vec<Case> = cases.into_iter().step_by(13).collect();
     let report = Runner::new().run(&Adding(Emulator::default()), &cases);
     println!("{report}");
@@ -457,11 +547,15 @@ fn ptxas_takes_every_config() {
     for case in cases.chain(with_dropout(self::cases())) {
         // Of f16, which differs in the types of a few instructions, what has neither mask program nor score mod.
         let few = |config: &BwdConfig| config.mask_program.is_none() && config.score_mod.is_none();
-        match plan(&case, false) {
-            Ok(plan) if case.problem.dtype == DType::F16 && !few(&plan.config) => {}
-            Ok(plan) => drop(configs.insert(plan.config)),
-            Err(PlanError::Unsupported { feature: Feature::HeadDim, .. }) => {}
-            Err(error) => panic!("{}: {error}", case.name),
+        // Of deterministic plans those with sums that others do not have.
+        for deterministic in [false, true] {
+            match plan(&case, deterministic) {
+                Ok(plan) if case.problem.dtype == DType::F16 && !few(&plan.config) => {}
+                Ok(plan) if deterministic && plan.config.table_grads.is_empty() => {}
+                Ok(plan) => drop(configs.insert(plan.config)),
+                Err(PlanError::Unsupported { feature: Feature::HeadDim, .. }) => {}
+                Err(error) => panic!("{}: {error}", case.name),
+            }
         }
     }
     assert!(!configs.is_empty());

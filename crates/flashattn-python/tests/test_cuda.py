@@ -203,25 +203,28 @@ def test_layouts_of_gradients():
 
 
 def test_deterministic():
-    """Asked for, it gives the same bits in every run; of tables it is refused, by name, before anything runs."""
+    """Asked for, it gives the same bits in every run; of gradients of tables, too."""
     q, k, v = inputs(torch.bfloat16, sq=1500, sk=1500, heads=4, d=128, device="cuda")
     sinks = torch.randn(4, device="cuda", requires_grad=True)
-    d_o, d_lse = torch.randn_like(q), torch.randn(2, 4, 1500, device="cuda")
-
-    def run(deterministic):
-        options = dict(causal=True, sinks=sinks, return_lse=True, deterministic=deterministic)
-        results = flashattn.attention(q, k, v, **options)
-        return torch.autograd.grad(results, (q, k, v, sinks), (d_o, d_lse))
-
-    first = run(True)
-    for _ in range(10):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(True)))
-    for a, b in zip(first, run(False)):
-        near(a, b)
     slopes = torch.rand(4, device="cuda", requires_grad=True)
-    with pytest.raises(NotImplementedError, match="determinism: gradients of tables in a fixed order"):
-        flashattn.flash_attn_func(q, k, v, alibi_slopes=slopes, deterministic=True)
-    flashattn.flash_attn_func(q, k, v, alibi_slopes=slopes.detach(), deterministic=True).sum().backward()
+    bias = torch.randn(4, 129, device="cuda", requires_grad=True)
+    d_o, d_lse = torch.randn_like(q), torch.randn(2, 4, 1500, device="cuda")
+    relative = lambda s, b, h, i, j: s + bias[h, (i - j).clamp(-64, 64) + 64]
+
+    def run(deterministic, learned, **options):
+        options |= dict(causal=True, sinks=sinks, return_lse=True, deterministic=deterministic)
+        results = flashattn.attention(q, k, v, **options)
+        return torch.autograd.grad(results, (q, k, v, sinks, *learned), (d_o, d_lse))
+
+    for learned, options in ((), {}), ((slopes,), dict(alibi_slopes=slopes)), ((bias,), dict(score_mod=relative)):
+        first = run(True, learned, **options)
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(first, run(True, learned, **options)))
+        free = run(False, learned, **options)
+        for a, b in zip(first[:4], free):
+            near(a, b)
+        for a, b in zip(first[4:], free[4:]):
+            assert b.abs().max() > 0 and (a - b).abs().max() <= 1e-3 * b.abs().max()
 
 
 def test_cupy():

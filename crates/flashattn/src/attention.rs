@@ -167,7 +167,8 @@ impl Attention {
 
     /// Sets whether gradients have the same bits in every run. On the CPU all results have anyway, and so have, on a GPU, all but
     /// the gradients of q and of tables: that of q then has a kernel of its own (as it has above head_dim 128 in any case), which
-    /// takes more time and less memory. Gradients of tables are refused then.
+    /// takes more time and less memory; those of tables are summed without rounding, which takes 104 bytes for each element to which
+    /// several pairs of query and key may add.
     pub fn deterministic(mut self, deterministic: bool) -> Self {
         self.deterministic = deterministic;
         self

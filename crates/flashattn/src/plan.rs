@@ -130,7 +130,7 @@ impl<T: Element> Plan<T> {
     /// Sets whether gradients have the same bits in every run: see [`crate::Attention::deterministic`].
     ///
     /// # Errors
-    /// [`Error::Unsupported`] if the device cannot do it: a GPU adds up gradients of tables in any order.
+    /// [`Error::Unsupported`] if the device cannot do it: a GPU not where 2³⁹ pairs of query and key may add to one element of a table.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only GPUs have the choice"))]
     pub fn deterministic(mut self, deterministic: bool) -> Result<Self, Error> {
         match &mut self.executor {

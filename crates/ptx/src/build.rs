@@ -756,7 +756,7 @@ macro_rules! shifts {
         }
     )* };
 }
-shifts!(Shl shl: u32 => SHL_B32, Shr shr: u32 => SHR_U32, Shr shr: i32 => SHR_S32, Shl shl: u64 => SHL_B64, Shr shr: u64 => SHR_U64);
+shifts!(Shl shl: u32 => SHL_B32, Shr shr: u32 => SHR_U32, Shr shr: i32 => SHR_S32, Shl shl: u64 => SHL_B64, Shr shr: u64 => SHR_U64, Shr shr: i64 => SHR_S64);
 
 macro_rules! unary {
     ($trait:ident $method:ident: $($ty:ty => $row:ident),*) => { $(
@@ -883,7 +883,8 @@ one_operand! {
     i32: to_i64 -> i64, S64_S32 "Sign-extended.",
         to_f32 -> f32, F32_S32 "As a float, rounded.",
         abs -> i32, ABS_S32 "Absolute value.";
-    u64: to_u32 -> u32, U32_U64 "The low half.";
+    u64: to_u32 -> u32, U32_U64 "The low half.",
+        to_f32 -> f32, F32_U64 "As a float, rounded.";
     F16x2: exp2 -> F16x2, EX2_F16X2 "2 to this power, approximately.";
     BF16x2: exp2 -> BF16x2, EX2_BF16X2 "2 to this power, approximately.";
 }

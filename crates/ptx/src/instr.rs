@@ -731,6 +731,7 @@ rows! {
     F32_F16 "cvt.f32.f16 =f32, b16" Sm80 Convert lane!(|a: u16| f16::from_bits(a).to_f32());
     F32_U32 "cvt.rn.f32.u32 =f32, u32" Sm80 Convert lane!(|a: u32| a as f32);
     F32_S32 "cvt.rn.f32.s32 =f32, s32" Sm80 Convert lane!(|a: i32| a as f32);
+    F32_U64 "cvt.rn.f32.u64 =f32, u64" Sm80 Convert lane!(|a: u64| a as f32);
     S32_F32_ZERO "cvt.rzi.s32.f32 =s32, f32" Sm80 Convert lane!(|a: f32| to_i32(a));
     S32_F32_EVEN "cvt.rni.s32.f32 =s32, f32" Sm80 Convert lane!(|a: f32| to_i32(a.round_ties_even()));
     S32_F32_FLOOR "cvt.rmi.s32.f32 =s32, f32" Sm80 Convert lane!(|a: f32| to_i32(a.floor()));
@@ -801,6 +802,7 @@ rows! {
     SHR_S32 "shr.s32 =s32, s32, u32" Sm80 Integer lane!(|a: i32, n: u32| a >> n.min(31));
     SHL_B64 "shl.b64 =b64, b64, u32" Sm80 Integer lane!(|a: u64, n: u32| a.checked_shl(n).unwrap_or(0));
     SHR_U64 "shr.u64 =u64, u64, u32" Sm80 Integer lane!(|a: u64, n: u32| a.checked_shr(n).unwrap_or(0));
+    SHR_S64 "shr.s64 =s64, s64, u32" Sm80 Integer lane!(|a: i64, n: u32| a >> n.min(63));
     POPC_B32 "popc.b32 =u32, b32" Sm80 Integer lane!(|a: u32| a.count_ones());
     CLZ_B32 "clz.b32 =u32, b32" Sm80 Integer lane!(|a: u32| a.leading_zeros());
     PRMT_B32 "prmt.b32 =b32, b32, b32, b32" Sm80 Integer lane!(|a: u32, b: u32, s: u32| permute(a, b, s));
@@ -1258,6 +1260,7 @@ pub fn all_rows() -> Vec<Row> {
     rows.push(store(Space::Global, Type::U32, 1, Order::Release));
     rows.push(atom(Space::Global, AtomOp::Add, Type::U32, Order::AcqRel));
     rows.push(red(Space::Global, AtomOp::Add, Type::U32, 1, Order::Release));
+    rows.push(red(Space::Global, AtomOp::Add, Type::U64, 1, Order::Relaxed));
     rows.extend([2, 4].map(|count| red(Space::Global, AtomOp::Add, Type::F32, count, Order::Relaxed)));
     rows.extend([Shuffle::Idx, Shuffle::Up, Shuffle::Down, Shuffle::Bfly].map(shuffle));
     rows.extend([AtomOp::Add, AtomOp::Min, AtomOp::Max].map(redux));
@@ -1369,6 +1372,11 @@ mod tests {
         assert_eq!(apply(PACK_BF16X2, &[f(2.0), f(1.0)]), 0x4000_3f80);
         assert_eq!(apply(SHL_B32, &[1, 32]), 0);
         assert_eq!(apply(SHR_S32, &[(-8i32).to_bits64(), 40]), (-1i32).to_bits64());
+        assert_eq!(apply(SHR_S64, &[(-8i64).to_bits64(), 2]), (-2i64).to_bits64());
+        assert_eq!(
+            apply(F32_U64, &[(1 << 40) + (1 << 16) + 1]),
+            f((1u64 << 40) as f32 * (1.0 + f32::EPSILON))
+        );
         assert_eq!(apply(MULHI_U32, &[0xD251_1F53, 0xffff_ffff]), 0xD251_1F52);
         assert_eq!(apply(PRMT_B32, &[0x3322_1100, 0x7766_5544, 0x7531]), 0x7755_3311);
         assert_eq!(apply(NE_F32, &[f(f32::NAN), f(1.0)]), 1);

@@ -17,6 +17,8 @@ use ptx::instr::{self, Cache, Order};
 pub struct TableArgs<'k> {
     /// Its elements, row-major, in global memory.
     pub data: Reg<'k, u64>,
+    /// Bytes of an element.
+    pub bytes: u32,
     /// Its dimensions; `None` for one of size 1, whose index is always 0.
     pub dims: [Option<Reg<'k, u32>>; 4],
 }
@@ -66,6 +68,11 @@ pub struct GradientsAt<'k> {
 /// Of each table gradient of a program of gradients the four nodes of the index, and the derivative's.
 fn table_roots(program: &Program) -> &[[NodeId; 5]] {
     program.roots().get(2..).map_or(&[], |roots| roots.as_chunks().0)
+}
+
+/// Of each table gradient of a program of gradients the index.
+pub fn table_indices(program: &Program) -> impl Iterator<Item = [NodeId; 4]> {
+    table_roots(program).iter().map(|&[a, b, c, d, _]| [a, b, c, d])
 }
 
 /// By what the element of a table differs to which a gradient is added, among the elements of a sequence and head.
@@ -438,7 +445,7 @@ impl<'a, 'k> ProgramEmitter<'a, 'k> {
         }
         match offset {
             None => table.data,
-            Some(offset) => offset.mad_wide(4, table.data),
+            Some(offset) => offset.mad_wide(table.bytes, table.data),
         }
     }
 

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use flashattn_spec::blocks::{BlockKind, BlockSchedule};
-use flashattn_spec::expr::Traced;
+use flashattn_spec::expr::{Node, NodeId, Program, Traced, Var};
 use flashattn_spec::{AttentionProblem, DType, ProblemError, philox};
 use ptx::instr::Element;
 
 use super::{Argument, Data, Feature, PlanError, Strides, Upload, band};
 use crate::config;
-use crate::kernels::{BwdConfig, MaskKind, TableShape};
+use crate::kernels::{BwdConfig, MaskKind, TableGrad, TableShape, superaccumulator, table_indices};
 
 fn unsupported<T>(feature: Feature, got: String, expected: impl Into<String>) -> Result<T, PlanError> {
     Err(PlanError::Unsupported { feature, executor: "flash_bwd_sm90", got, expected: expected.into() })
@@ -51,6 +51,8 @@ pub enum GradTensor {
     Stats,
     /// Workspace: parts of the sinks' gradient.
     SinkSums,
+    /// Workspace: exact sums, of which the gradient of this table is made.
+    TableSums(usize),
     /// One u32 that is 0 before the launches and after them.
     Counter,
     /// The plan's upload of this index.
@@ -79,7 +81,8 @@ pub struct GradStrides {
 ///    [`crate::kernels::flash_bwd_sm90_queries`] with [`BackwardPlan::grids`] blocks, as far as these are more than none.
 ///
 /// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if it has a kernel of its own, as in a deterministic plan, or
-/// if there is one block of keys only. Gradients of tables are added up in any order.
+/// if there is one block of keys only. Gradients of tables are added up in any order; in a deterministic plan without rounding, so
+/// that they, too, are bit-identical.
 #[derive(Clone, Debug)]
 pub struct BackwardPlan {
     /// The kernels' config.
@@ -88,9 +91,10 @@ pub struct BackwardPlan {
     pub arguments: Vec<Argument<GradTensor>>,
     /// What [`GradTensor::Upload`] counts.
     pub uploads: Vec<Upload>,
-    /// Workspace and its bytes, linear in the number of queries. What it holds before and after does not matter.
+    /// Workspace and its bytes, linear in the number of queries, and of elements of tables. What it holds before and after does not
+    /// matter.
     pub workspace: Vec<(GradTensor, usize)>,
-    /// Outputs that are added to.
+    /// Outputs and workspace that are added to.
     pub zeroed: Vec<GradTensor>,
     /// Blocks of the preprocessing kernel, and of the one after the main one that takes dQ from its sums.
     pub query_blocks: u32,
@@ -117,10 +121,9 @@ impl BackwardPlan {
         let by_blocks = lowered.mask.filter(|_| reach.is_none());
         let mut config = configure(problem, reach, &by_blocks, &lowered.score_mod)?;
         config.d_lse = d_lse;
-        config.own_dq |= deterministic;
-        if deterministic && !config.table_grads.is_empty() {
-            let got = "gradients of tables in a fixed order".to_owned();
-            return unsupported(Feature::Deterministic, got, "gradients of q, k, v and sinks only");
+        if deterministic {
+            config.own_dq = true;
+            exact_sums(problem, lowered.score_mod.as_ref(), &mut config)?;
         }
         let [query_blocks, items, query_items] = count(problem, &config)?;
         let mut plan = BackwardPlan {
@@ -167,12 +170,13 @@ impl BackwardPlan {
     /// # Errors
     /// [`Feature::Address`].
     pub fn check_address(&self, tensor: GradTensor, address: u64) -> Result<(), PlanError> {
-        use GradTensor::{DK, DO, DQ, DV, DqSums, K, O, Q, Stats, V};
+        use GradTensor::{DK, DO, DQ, DV, DqSums, K, O, Q, Stats, TableSums, V};
         let align = match tensor {
             Q | K | V | DO | DqSums | Stats => 16,
             O => BwdConfig::o_bytes(self.config.head_dim_v),
             DQ | DK => BwdConfig::gradient_bytes(self.config.head_dim),
             DV => BwdConfig::gradient_bytes(self.config.head_dim_v),
+            TableSums(_) => 8,
             _ => 4,
         };
         let align = u64::from(align);
@@ -370,14 +374,18 @@ impl BackwardPlan {
 
     /// Gradients of tables, up to the last that is added to.
     fn table_grads(&mut self, score_mod: Option<&Traced>) {
+        use GradTensor::{DTable, TableSums};
         let wanted: Vec<_> = score_mod.iter().flat_map(|s| &s.tables).filter(|t| t.wants_grad()).collect();
-        self.zeroed.extend((0..wanted.len()).map(GradTensor::DTable));
-        let used = |i: usize| self.config.table_grads.iter().any(|&(_, at)| at == i);
-        let last = (0..wanted.len()).rev().find(|&i| used(i));
+        self.zeroed.extend((0..wanted.len()).map(DTable));
+        let last = self.config.table_grads.iter().map(|grad| grad.table).max();
         for (i, table) in wanted.iter().enumerate().take(last.map_or(0, |last| last + 1)) {
-            self.arguments.push(Argument::Address(GradTensor::DTable(i)));
-            if self.config.table_grads.iter().any(|&(_, at)| at == i) {
-                self.sizes_of(table.dims());
+            self.arguments.push(Argument::Address(DTable(i)));
+            let Some(&grad) = self.config.table_grads.iter().find(|grad| grad.table == i) else { continue };
+            self.sizes_of(table.dims());
+            if grad.exact {
+                self.arguments.push(Argument::Address(TableSums(i)));
+                self.workspace.push((TableSums(i), table.data().len() * superaccumulator::BYTES as usize));
+                self.zeroed.push(TableSums(i));
             }
         }
     }
@@ -433,7 +441,8 @@ fn configure(
             let shapes = shapes(traced);
             table_grads.extend(gradients.tables.iter().map(|grad| {
                 let slot = grad.slot.index();
-                (shapes[slot], (0..slot).filter(|&other| wants(other)).count())
+                let table = (0..slot).filter(|&other| wants(other)).count();
+                TableGrad { shape: shapes[slot], table, exact: false }
             }));
             Some((gradients.program, shapes))
         }
@@ -461,6 +470,41 @@ fn configure(
         varlen: p.varlen.is_some(),
         own_dq: p.seqlen_k <= tiles.own_dq[usize::from(band != Some([None, None]))],
     })
+}
+
+/// Which gradients of tables need exact sums so as not to depend on the order of their terms: those with elements that have several.
+fn exact_sums(
+    p: &AttentionProblem,
+    score_mod: Option<&Traced>,
+    config: &mut BwdConfig,
+) -> Result<(), PlanError> {
+    let (Some(traced), Some((program, _))) = (score_mod, &config.score_mod) else { return Ok(()) };
+    let wanted: Vec<_> = traced.tables.iter().filter(|table| table.wants_grad()).collect();
+    let mut terms = vec![0; wanted.len()];
+    for (grad, index) in config.table_grads.iter().zip(table_indices(program)) {
+        terms[grad.table] += most_terms(p, program, index, wanted[grad.table].dims());
+    }
+    for grad in &mut config.table_grads {
+        let terms = terms[grad.table];
+        if terms >= superaccumulator::MAX_TERMS {
+            let got = format!("{terms} terms of an element of a table's gradient, deterministic");
+            return unsupported(Feature::Size, got, format!("fewer than {}", superaccumulator::MAX_TERMS));
+        }
+        grad.exact = terms > 1;
+    }
+    Ok(())
+}
+
+/// How many pairs of queries and keys at most add to one element of a table's gradient: of all those that its index does not tell
+/// apart by itself.
+fn most_terms(p: &AttentionProblem, program: &Program, index: [NodeId; 4], dims: [usize; 4]) -> u128 {
+    let sizes = [(Var::Batch, p.batch), (Var::Head, p.heads_q), (Var::Q, p.seqlen_q), (Var::Kv, p.seqlen_k)];
+    let told_apart = |(var, size): (Var, usize)| {
+        // Beyond the edge indices are clamped to it.
+        let mut indices = index.iter().zip(dims);
+        indices.any(|(node, dim)| program.nodes()[node.index()] == Node::Var(var) && size <= dim)
+    };
+    sizes.into_iter().filter(|&size| !told_apart(size)).map(|(_, size)| size as u128).product()
 }
 
 /// Tiles of queries of a head, over all sequences; of packed ones an upper bound that is linear in their length.
@@ -504,6 +548,7 @@ fn tma_stride(tensor: GradTensor, dim: &str, stride: usize) -> Result<u64, PlanE
 
 #[cfg(test)]
 mod tests {
+    use flashattn_spec::expr::Table;
     use flashattn_spec::mask::Mask;
     use flashattn_spec::score_mod::ScoreMod;
     use flashattn_spec::tensor::contiguous_strides;
@@ -561,10 +606,63 @@ mod tests {
         let error = plan(&p, false).check_address(GradTensor::DO, 0x1008).unwrap_err();
         let got = "address: DO at address 0x1008";
         assert_eq!(error.to_string(), format!("{got} {expected} a multiple of 16 bytes"));
-        let slopes = flashattn_spec::expr::Table::per_head(vec![1.0; 2]).unwrap().with_grad().unwrap();
-        let other = AttentionProblem { score_mod: ScoreMod::Alibi(slopes), ..p };
-        assert!(refusal(&other, &dense(&other), true).starts_with("determinism: gradients of tables"));
-        assert_eq!(plan(&other, false).zeroed, [GradTensor::DTable(0)]);
+        let slopes = Table::per_head(vec![1.0; 2]).unwrap().with_grad().unwrap();
+        let other = AttentionProblem {
+            seqlen_q: 1 << 20,
+            seqlen_k: 1 << 20,
+            score_mod: ScoreMod::Alibi(slopes),
+            ..p.clone()
+        };
+        let got = "size: 1099511627776 terms of an element of a table's gradient, deterministic";
+        assert_eq!(
+            refusal(&other, &dense(&other), true),
+            format!("{got} {expected} fewer than 549755813888")
+        );
+        plan(&other, false);
+    }
+
+    #[test]
+    fn sums_of_several_terms_are_exact_in_deterministic_plans() {
+        use GradTensor::{DTable, TableSums};
+        let learned = |dims: [usize; 4]| {
+            let len = dims.into_iter().product();
+            Table::f32(&dims, vec![0.0; len]).unwrap().with_grad().unwrap()
+        };
+        let p = |batch, dims| {
+            let mut p = AttentionProblem::new(batch, 40, 2, 64, DType::Bf16);
+            (p.seqlen_k, p.score_mod) = (50, ScoreMod::bias(learned(dims)));
+            p
+        };
+        let sums = |p: &AttentionProblem| {
+            let [plain, exact] = [false, true].map(|deterministic| plan(p, deterministic));
+            assert_eq!(plain.zeroed, [DTable(0)]);
+            assert!(!plain.workspace.iter().any(|(tensor, _)| matches!(tensor, TableSums(_))));
+            let bytes = exact.workspace.iter().find(|(tensor, _)| *tensor == TableSums(0)).map(|x| x.1);
+            assert_eq!(exact.zeroed.contains(&TableSums(0)), bytes.is_some());
+            bytes
+        };
+        // One pair for each element.
+        assert_eq!(sums(&p(3, [3, 2, 40, 50])), None);
+        assert_eq!(sums(&p(1, [1, 2, 40, 50])), None);
+        // Several: of sequences, heads, queries or keys.
+        for dims in [[1, 2, 40, 50], [3, 1, 40, 50], [3, 2, 1, 50], [3, 2, 40, 1], [1, 1, 1, 1]] {
+            assert_eq!(sums(&p(3, dims)), Some(104 * dims.into_iter().product::<usize>()));
+        }
+        // Indices that meet at the edge, that are computed, and a table that is read twice.
+        let other = |score_mod| AttentionProblem { score_mod, ..p(1, [1; 4]) };
+        let table = learned([1, 2, 39, 50]);
+        let clamped = ScoreMod::custom(|s, ix| s + table[(ix.batch, ix.head, ix.q, ix.kv)]).unwrap();
+        assert_eq!(sums(&other(clamped)), Some(104 * 2 * 39 * 50));
+        let table = learned([1, 2, 40, 50]);
+        let shifted = ScoreMod::custom(|s, ix| s + table[(ix.batch, ix.head, ix.q + 1, ix.kv)]).unwrap();
+        assert_eq!(sums(&other(shifted)), Some(104 * 2 * 40 * 50));
+        let twice = ScoreMod::custom(|s, ix| {
+            s + table[(ix.batch, ix.head, ix.q, ix.kv)] * table[(ix.batch, ix.head, ix.q - 1, ix.kv)]
+        });
+        assert_eq!(sums(&other(twice.unwrap())), Some(104 * 2 * 40 * 50));
+        // Of packed sequences each counts its own.
+        let packed = p(2, [1, 2, 40, 50]).with_varlen(&[0, 40, 60], &[0, 50, 60]);
+        assert_eq!(sums(&packed), Some(104 * 2 * 40 * 50));
     }
 
     #[test]

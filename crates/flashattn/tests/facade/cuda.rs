@@ -4,8 +4,8 @@ use crate::common::{assert_close, tensor};
 use flashattn::cuda::{DeviceSlice, DeviceView};
 use flashattn::spec::{Inputs, reference};
 use flashattn::{
-    AsView, Attention, AttentionProblem, DType, Device, DeviceGradients, DeviceTensors, Error, Plan, Shape,
-    bf16, f16,
+    AsView, Attention, AttentionProblem, DType, Device, DeviceGradients, DeviceTensors, Error, Plan,
+    ScoreMod, Shape, Table, bf16, f16,
 };
 
 const SHAPE: [usize; 4] = [2, 70, 4, 40];
@@ -146,12 +146,27 @@ fn deterministic_is_for_all_devices() {
     assert!(one.dq == other.dq && one.dk == other.dk && one.dv == other.dv);
 }
 
+/// So have those of tables, in sums of which plans tell the bytes.
 #[test]
 #[ignore = "needs an NVIDIA GPU of the Hopper generation"]
-fn deterministic_plans_refuse_gradients_of_tables() {
-    let slopes = flashattn::Table::per_head(vec![0.5; 4]).unwrap().with_grad().unwrap();
-    let attention = Attention::new().score_mod(flashattn::ScoreMod::Alibi(slopes)).device(Device::Cuda(0));
-    assert!(attention.plan::<bf16>(shape()).unwrap().backward_workspace_bytes() > 0);
-    let error = attention.deterministic(true).plan::<bf16>(shape()).unwrap_err();
-    assert!(error.to_string().starts_with("determinism: gradients of tables"), "{error}");
+fn deterministic_plans_sum_gradients_of_tables_exactly() {
+    let (q, k, v) = (tensor::<bf16>(SHAPE, 1), tensor([2, 91, 2, 40], 2), tensor([2, 91, 2, 24], 3));
+    let constant = Table::f32(&[1, 4, 1, 91], (0..4 * 91).map(|i| (i as f32).sin()).collect()).unwrap();
+    let learned = constant.clone().with_grad().unwrap();
+    let attention = |bias: &Table, device| {
+        Attention::new().score_mod(ScoreMod::bias(bias.clone())).device(device).deterministic(true)
+    };
+    let output = attention(&learned, Device::Cpu).forward_with_lse(&q, &k, &v).unwrap();
+    let gradient = |device| {
+        let all = attention(&learned, device).backward(&q, &k, &v, &output, &output.o, None).unwrap();
+        all.of_table(&learned).unwrap().to_vec()
+    };
+    let gpu = Device::Cuda(0);
+    let first = gradient(gpu);
+    assert!((0..10).all(|_| gradient(gpu) == first));
+    let expected: Vec<f64> = gradient(Device::Cpu).into_iter().map(f64::from).collect();
+    assert_close("the bias' gradient", &first, &expected, 2e-2);
+    let bytes = |bias| attention(bias, gpu).plan::<bf16>(shape()).unwrap().backward_workspace_bytes();
+    let sums = 104 * 4 * 91;
+    assert!((sums..sums + 256).contains(&(bytes(&learned) - bytes(&constant))));
 }

@@ -327,11 +327,13 @@ impl Cluster<'_> {
     /// `atom` and `red`.
     pub(super) fn atomic(&mut self, cx: Context<'_>, op: WarpOp) -> Result<(), Error> {
         let WarpOp::Atomic { space, op, ty, count, returns, order } = op else { return Ok(()) };
-        if ty.bits() != 32
-            || modify(op, ty, 0, 0, 0).is_none()
-            || !matches!(count, 1 | 2 | 4)
-            || count > 1 && (op != AtomOp::Add || space == Space::Shared)
-        {
+        // Of 64 bits only sums in global memory, whose old value no one asks for.
+        let wide = (space, op, ty, count, returns) == (Space::Global, AtomOp::Add, Type::U64, 1, false);
+        let narrow = ty.bits() == 32
+            && modify(op, ty, 0, 0, 0).is_some()
+            && matches!(count, 1 | 2 | 4)
+            && (count == 1 || op == AtomOp::Add && space == Space::Global);
+        if !wide && !narrow {
             return Err(self.unsupported(cx, format!("atomic {op:?} of {count} {ty}")));
         }
         let addresses = self.operand(cx, 0)?;
@@ -345,7 +347,7 @@ impl Cluster<'_> {
         }
         let mut results = [0; 32];
         for lane in lanes(cx.lanes) {
-            let total = 4 * count;
+            let total = ty.bits() as usize / 8 * count;
             let new = |i: usize, old: u32| {
                 modify(op, ty, old, values[i][lane] as u32, values[1][lane] as u32).unwrap_or(old)
             };
@@ -378,6 +380,10 @@ impl Cluster<'_> {
                     self.write_global(who, (buffer, offset, total), true, false)?;
                     self.count_global((buffer, offset, total), true);
                     let storage = &global.memory.buffers()[buffer];
+                    if wide {
+                        storage.add64(offset, values[0][lane]);
+                        continue;
+                    }
                     for i in 0..count {
                         results[lane] = storage.update32(offset + 4 * i, |old| new(i, old)) as u64;
                     }

@@ -167,6 +167,14 @@ impl Storage {
             Ok(old) | Err(old) => old,
         }
     }
+
+    /// Adds to 64 aligned bits. Other threads' additions may come between the halves: each carry is added once, so the sum is right
+    /// when all are done, which is when reads that are no race come.
+    pub(super) fn add64(&self, offset: usize, value: u64) {
+        let (low, high) = (value as u32, (value >> 32) as u32);
+        let carry = self.update32(offset, |old| old.wrapping_add(low)).checked_add(low).is_none();
+        self.update32(offset + 4, |old| old.wrapping_add(high).wrapping_add(carry.into()));
+    }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use ptx::build::{Builder, Half, Reg};
 
 use super::consumer::{Block, Consumer};
 use super::work::{Sequence, Work};
-use super::{BwdConfig, Params, Split};
+use super::{BwdConfig, Params, Split, superaccumulator};
 use crate::kernels::program::{Element, Place, ProgramEmitter, Spread, spreads};
 
 /// The variables of a query head for programs.
@@ -260,22 +260,36 @@ type TableTerm<'k> = (Reg<'k, u64>, Reg<'k, f32>);
 struct TableSums<'k> {
     k: &'k Builder,
     lane: Reg<'k, u32>,
-    /// For each table gradient: in which directions it differs; sums and where they go, by [`TableSums::slot`].
-    grads: Vec<(Spread, Vec<TableTerm<'k>>)>,
+    grads: Vec<TableSum<'k>>,
+}
+
+/// A table gradient.
+struct TableSum<'k> {
+    /// In which directions it differs.
+    spread: Spread,
+    /// [`TableGrad::exact`](super::TableGrad::exact).
+    exact: bool,
+    /// Sums and where they go: of registers that fall on one element, of a query or of a key.
+    sums: Vec<TableTerm<'k>>,
 }
 
 impl<'k> TableSums<'k> {
     fn new(k: &'k Builder, config: &BwdConfig, lane: Reg<'k, u32>) -> Self {
-        let shapes: Vec<_> = config.table_grads.iter().map(|&(shape, _)| shape).collect();
+        let shapes: Vec<_> = config.table_grads.iter().map(|grad| grad.shape).collect();
         let spreads = config.score_mod.iter().flat_map(|(program, _)| spreads(program, &shapes));
-        TableSums { k, lane, grads: spreads.map(|spread| (spread, Vec::new())).collect() }
+        let grads = spreads.zip(&config.table_grads);
+        let grads = grads.map(|(spread, grad)| TableSum { spread, exact: grad.exact, sums: Vec::new() });
+        TableSums { k, lane, grads: grads.collect() }
     }
 
     /// Adds the terms of register `i`.
     fn add(&mut self, i: usize, terms: &Terms<'k>) {
-        for ((spread, sums), &(at, term)) in self.grads.iter_mut().zip(&terms.tables) {
-            // Registers of one slot fall on one element: of a query, or of a key.
+        for (TableSum { spread, exact, sums }, &(at, term)) in self.grads.iter_mut().zip(&terms.tables) {
             let slot = match (spread.q, spread.kv) {
+                (true, true) if *exact => {
+                    self.k.if_(term.ne(0.0), || superaccumulator::add(at, term));
+                    continue;
+                }
                 (true, true) => {
                     self.k.when(term.ne(0.0), || at.address().red_add(term));
                     continue;
@@ -293,7 +307,7 @@ impl<'k> TableSums<'k> {
 
     /// Adds the sums of the warp to memory.
     fn finish(&self) {
-        for (spread, sums) in &self.grads {
+        for TableSum { spread, exact, sums } in &self.grads {
             // Every fourth lane has the same queries, and each four the same keys.
             let (bits, lanes): (&[u32], u32) = match (spread.q, spread.kv) {
                 (true, _) => (&[4, 8, 16], 0x1c),
@@ -302,8 +316,17 @@ impl<'k> TableSums<'k> {
             };
             for &(at, sum) in sums {
                 let total = bits.iter().fold(sum, |sum, &bit| sum + sum.shfl_bfly(bit));
-                self.k.when((self.lane & lanes).eq(0), || at.address().red_add(total));
+                let one = (self.lane & lanes).eq(0);
+                if *exact {
+                    self.k.if_(one, || superaccumulator::add(at, total));
+                } else {
+                    self.k.when(one, || at.address().red_add(total));
+                }
             }
+        }
+        if self.grads.iter().any(|grad| grad.exact) {
+            // Lanes have parted; products want them together.
+            self.k.sync_warp();
         }
     }
 }

@@ -17,7 +17,8 @@
 //! ```
 //!
 //! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. That is faster
-//! at head_dim 256 and gives the same bits in every run.
+//! at head_dim 256 and gives the same bits in every run. Gradients of tables are added up across blocks in any order; where
+//! the result shall not depend on it, in sums that do not round (`superaccumulator.rs`), which that kernel rounds first.
 //!
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
@@ -40,6 +41,7 @@ mod output;
 mod postprocess;
 mod preprocess;
 mod queries;
+pub(crate) mod superaccumulator;
 mod work;
 
 use flashattn_spec::expr::Program;
@@ -78,6 +80,18 @@ enum DqPart {
     Keys,
 }
 
+/// A gradient of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TableGrad {
+    /// The table's shape.
+    pub shape: TableShape,
+    /// Which of the gradients given it is added to.
+    pub table: usize,
+    /// Whether to the table's exact sums first, which are the same whatever the order of their terms; the same of all gradients of
+    /// a table.
+    pub exact: bool,
+}
+
 /// Everything the emitted kernels depend on: equal configs give equal PTX.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BwdConfig {
@@ -101,9 +115,8 @@ pub struct BwdConfig {
     pub mask_program: Option<(Program, Vec<TableShape>)>,
     /// The score mod's value and derivatives ([`flashattn_spec::expr::Expr::gradients`]), and its tables.
     pub score_mod: Option<(Program, Vec<TableShape>)>,
-    /// For each table gradient of the score mod's program, in order, the shape of its table, and which of the gradients
-    /// given it is added to.
-    pub table_grads: Vec<(TableShape, usize)>,
+    /// The table gradients of the score mod's program, in its order.
+    pub table_grads: Vec<TableGrad>,
     /// Whether probabilities are dropped out.
     pub dropout: bool,
     /// Whether there are sinks, which have a gradient.
@@ -255,7 +268,7 @@ impl BwdConfig {
 
 /// Parameters that a launch gives, the same of the three kernels, in this order: tensor maps `q`, `k`, `v`, `do`; then as
 /// the fields here (those of options only where the config has them; of a table its address and the sizes of its
-/// dimensions that are not 1).
+/// dimensions that are not 1; of a gradient of one its sums after that).
 struct Params<'k> {
     /// Tensor maps.
     pub maps: [Address<'k, u64>; 4],
@@ -303,6 +316,8 @@ struct Params<'k> {
     pub score_tables: Vec<TableArgs<'k>>,
     /// Where table gradients are added, in the config's order.
     pub table_grads: Vec<TableArgs<'k>>,
+    /// Tables with exact sums: these, and the gradients that they belong to.
+    pub table_sums: Vec<(TableArgs<'k>, Reg<'k, u64>)>,
     pub dropout: Option<Dropout<'k>>,
     /// cu_seqlens of q and k (i32).
     pub cu_seqlens: Option<[Reg<'k, u64>; 2]>,
@@ -341,15 +356,22 @@ impl<'k> Params<'k> {
         let mask_tables = tables(k, "mask", &config.mask_program);
         let score_tables = tables(k, "score", &config.score_mod);
         // Of one table several elements may be read.
-        let count = config.table_grads.iter().map(|&(_, at)| at + 1).max().unwrap_or(0);
+        let count = config.table_grads.iter().map(|grad| grad.table + 1).max().unwrap_or(0);
+        let mut table_sums = Vec::new();
         let given: Vec<TableArgs<'_>> = (0..count)
             .map(|i| {
-                let shape =
-                    config.table_grads.iter().find(|&&(_, at)| at == i).map_or([false; 4], |&(s, _)| s);
-                table(k, &format!("d_table{i}"), &shape)
+                let grad = config.table_grads.iter().find(|grad| grad.table == i);
+                let given = table(k, &format!("d_table{i}"), &grad.map_or([false; 4], |grad| grad.shape));
+                if !grad.is_some_and(|grad| grad.exact) {
+                    return given;
+                }
+                let data = pointer(&format!("d_table{i}_sums"));
+                let sums = TableArgs { data, bytes: superaccumulator::BYTES, ..given };
+                table_sums.push((sums, given.data));
+                sums
             })
             .collect();
-        let table_grads = config.table_grads.iter().map(|&(_, at)| given[at]).collect();
+        let table_grads = config.table_grads.iter().map(|grad| given[grad.table]).collect();
         let dropout = config.dropout.then(|| Dropout::param(k));
         let cu_seqlens = config.varlen.then(|| ["cu_seqlens_q", "cu_seqlens_k"].map(pointer));
         Params {
@@ -383,6 +405,7 @@ impl<'k> Params<'k> {
             mask_tables,
             score_tables,
             table_grads,
+            table_sums,
             dropout,
             cu_seqlens,
         }
@@ -392,6 +415,7 @@ impl<'k> Params<'k> {
 fn table<'k>(k: &'k Builder, name: &str, shape: &TableShape) -> TableArgs<'k> {
     TableArgs {
         data: k.param_ptr(name),
+        bytes: 4,
         dims: [0, 1, 2, 3].map(|d| shape[d].then(|| k.param_u32(&format!("{name}_dim{d}")))),
     }
 }

@@ -7,7 +7,8 @@
 //! as many blocks as multiprocessors; each takes items (128 queries, head, batch) from a counter:
 //!   producers (two threads):  Q, dO; then for each visible n_block: K; and V; each into stages of its own
 //!   a warp beside them:       the sinks' gradients from their tiles' sums
-//!   consumers (two warpgroups, 64 queries each), for each n_block:
+//!   consumers (two warpgroups, 64 queries each):
+//!     the gradients of tables from their exact sums, if they have such; then for each n_block:
 //!       S = Q·Kᵀ, dP = dO·Vᵀ                     (S issued before, dP behind the dQ of the block before)
 //!       dS = exp2(scale·S − lse) ∘ (dP − D)      in registers: it is the next product's operand
 //!       dQ += dS·K
@@ -15,6 +16,7 @@
 //! ```
 
 use std::f32::consts::LOG2_E;
+use std::ops::Range;
 
 use ptx::build::{Address, Builder, Half, Reg};
 use ptx::instr::WgmmaShape;
@@ -25,7 +27,7 @@ use super::exact::Exact;
 use super::output::Rows;
 use super::postprocess::sum_sinks;
 use super::work::{Loads, Sequence, Work, tell_or_hear};
-use super::{BwdConfig, CONSUMERS, Params};
+use super::{BwdConfig, CONSUMERS, Params, superaccumulator};
 use crate::kernels::philox::Kept;
 use crate::kernels::program::{Element, ProgramEmitter};
 
@@ -146,10 +148,27 @@ pub(super) fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             },
             || {
                 k.raise_registers(many);
+                // In the shadow of the first loads.
+                add_table_sums(k, &params);
                 Consumer::<H>::new(&items, &shared, warp).run();
             },
         );
     })
+}
+
+/// Adds what the main kernel summed up exactly to the gradients of tables: by the consumers of all blocks, of which this is one.
+fn add_table_sums<'k>(k: &'k Builder, params: &Params<'k>) {
+    const THREADS: u32 = 128 * CONSUMERS;
+    for &(sums, gradient) in &params.table_sums {
+        let elements = sums.dims.into_iter().flatten().fold(k.var(1u32), |a, b| a * b);
+        let first = k.ctaid(0) * THREADS + (k.tid(0) - 128);
+        k.for_(first, elements, k.nctaid(0) * THREADS, |i| {
+            let sum = superaccumulator::total(i.mad_wide(sums.bytes, sums.data));
+            let to = i.mad_wide(4, gradient).address();
+            to.store(to.load::<f32>() + sum);
+        });
+        k.sync_warp();
+    }
 }
 
 /// What a launch has to do.
@@ -617,7 +636,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         if let Some((program, _)) = &self.config.mask_program {
             let place = place(self.items.work, sequence, item.batch, item.head);
             let mut emitter = ProgramEmitter::new(k, program, &params.mask_tables, place);
-            self.each(item, key, |i, element| {
+            self.each(0..fragment.registers.len(), item, key, |i, element| {
                 let visible = emitter.bool(element);
                 fragment.registers[i].set(visible.select(fragment.registers[i], value));
             });
@@ -641,17 +660,24 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
-    /// Runs `body` for each register with its place.
-    fn each(&self, item: &Item<'k>, key: Reg<'k, u32>, mut body: impl FnMut(usize, &Element<'k>)) {
+    /// Runs `body` for each of these registers, whole fours, with its place.
+    fn each(
+        &self,
+        registers: Range<usize>,
+        item: &Item<'k>,
+        key: Reg<'k, u32>,
+        mut body: impl FnMut(usize, &Element<'k>),
+    ) {
         let [row, key] = [self.row(item), key].map(|r| r.bits::<i32>());
         let rows = [row, row + 8];
         let mut keys: Vec<Reg<'k, i32>> = Vec::new();
-        for i in 0..self.s.registers.len() {
+        let first = registers.start / 2;
+        for i in registers {
             let (row, column) = (Fragment::half(i), i / 4 * 2 + i % 2);
-            if column == keys.len() {
+            if column - first == keys.len() {
                 keys.push(key + Fragment::column_offset(i) as i32);
             }
-            body(i, &Element { row, column, q: rows[row], kv: keys[column], kv_offset: None });
+            body(i, &Element { row, column, q: rows[row], kv: keys[column - first], kv_offset: None });
         }
     }
 
@@ -663,13 +689,24 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
         k.if_(partial, || self.hide(item, key, &self.s, f32::NEG_INFINITY));
         let place = place(self.items.work, &item.sequence, item.batch, item.head);
-        let mut formula = Formula::new(k, config, params, place);
-        self.each(item, key, |i, element| {
-            let (score, dp) = (self.s.registers[i], self.dp.registers[i]);
-            let [minus_lse, delta] = [self.minus_lse, self.delta].map(|stats| stats[element.row]);
-            let kept = config.dropout.then(|| self.kept.at(i));
-            dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta, kept }).dx);
-        });
+        let some = |registers| {
+            let mut formula = Formula::new(k, config, params, place);
+            self.each(registers, item, key, |i, element| {
+                let (score, dp) = (self.s.registers[i], self.dp.registers[i]);
+                let [minus_lse, delta] = [self.minus_lse, self.delta].map(|stats| stats[element.row]);
+                let kept = config.dropout.then(|| self.kept.at(i));
+                dp.set(formula.terms(element, &Given { score, dp, minus_lse, delta, kept }).dx);
+            });
+        };
+        let all = self.s.registers.len();
+        if params.table_sums.len() < 2 {
+            return some(0..all);
+        }
+        // Of programs that learn several tables, which are long and read much, ptxas would have too much in hand at a time. It does
+        // not see that each branch is taken.
+        for first in (0..all).step_by(4) {
+            k.if_(item.exists.ne(0), || some(first..first + 4));
+        }
     }
 
     /// dQ of the queries that exist.

@@ -260,6 +260,7 @@ fn tables<'k>(k: &'k Builder, of: &str, program: &Option<(Program, Vec<TableShap
     let shapes = program.iter().flat_map(|(_, shapes)| shapes);
     let table = |(i, shape): (usize, &TableShape)| TableArgs {
         data: k.param_ptr(&format!("{of}_table{i}")),
+        bytes: 4,
         dims: [0, 1, 2, 3].map(|d| shape[d].then(|| k.param_u32(&format!("{of}_table{i}_dim{d}")))),
     };
     shapes.enumerate().map(table).collect()

@@ -152,6 +152,22 @@ fn atomics_of_many_blocks() {
 }
 
 #[test]
+fn sums_of_64_bits_carry_and_have_signs() {
+    let k = kernel(64, |k| {
+        let out = k.param_ptr("out");
+        let thread = k.ctaid(0) * 64 + k.tid(0);
+        let minus = k.var(0u64) - thread.mul_wide(0xffff_fff1u32);
+        out.address().red_add(minus);
+        out.address().at(8).red_add(thread.to_u64() << 31);
+    });
+    let mut memory = Memory::new();
+    let out = memory.upload("out", &[5i64, -7]);
+    emulate(&k, &mut memory, &launch(&k, 50, vec![Arg::Buffer(out, 0)])).unwrap();
+    let threads = 3199 * 3200 / 2;
+    assert_eq!(memory.read::<i64>(out).unwrap(), [5 - threads * 0xffff_fff1, (threads << 31) - 7]);
+}
+
+#[test]
 fn the_l2_model_counts_what_it_does_not_have() {
     // Every block reads all of x, and writes 128 bytes of its own.
     let k = kernel(32, |k| {
