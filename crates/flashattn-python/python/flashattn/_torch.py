@@ -1,4 +1,4 @@
-"""PyTorch: the two passes as registered operators, so that autograd, ``torch.compile`` and CUDA graphs know them."""
+"""PyTorch: the two passes as registered operators, so that ``torch.compile`` and other tracers know them; and for autograd alone."""
 
 from __future__ import annotations
 
@@ -158,13 +158,13 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(q, k, v, *output, *extras)
 
 
-def _vjp(ctx: Any, do: Optional[Tensor], dlse: Optional[Tensor]) -> tuple:
+def _vjp(ctx: Any, do: Optional[Tensor], dlse: Optional[Tensor], direct: bool = False) -> tuple:
     q, k, v, o, lse, *extras = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    results = torch.ops.flashattn.backward(
-        do, dlse, q, k, v, o, lse, extras, ctx.options, ctx.max_seqlen_q, ctx.max_seqlen_k
-    )
+    # The operator refuses second derivatives.
+    backward = _backward if direct and not torch.is_grad_enabled() else torch.ops.flashattn.backward
+    results = backward(do, dlse, q, k, v, o, lse, extras, ctx.options, ctx.max_seqlen_q, ctx.max_seqlen_k)
     d_extras: list = [None] * len(extras)
     for i, gradient in zip(learned(ctx.options), results[3:]):
         d_extras[i] = gradient
@@ -196,6 +196,36 @@ torch.library.register_fake("flashattn::backward", _backward_fake, lib=_library)
 torch.library.register_autograd("flashattn::forward", _vjp, setup_context=_setup_context, lib=_library)
 # Without it PyTorch would go on with zeros and a warning.
 torch.library.register_autograd("flashattn::backward", _second_derivative, lib=_library)
+
+
+class _Direct(torch.autograd.Function):
+    """The same for autograd alone: the dispatcher between takes longer than small calls do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, options: str, max_seqlen_q: int, max_seqlen_k: int, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        output = _forward(q, k, v, list(extras), options, max_seqlen_q, max_seqlen_k)
+        _setup_context(ctx, (q, k, v, extras, options, max_seqlen_q, max_seqlen_k), output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, do: Optional[Tensor], dlse: Optional[Tensor]) -> tuple:
+        dq, dk, dv, d_extras, *_ = _vjp(ctx, do, dlse, direct=True)
+        return (None, None, None, dq, dk, dv, *d_extras)
+
+
+# Private, and so perhaps not in each version: then calls go through the dispatcher.
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+
+
+def _seen_by_autograd_alone(tensors: list[Tensor]) -> bool:
+    """Whether no compiler, tracer, transform or subclass of tensors wants to see the operator."""
+    if torch.compiler.is_compiling() or _modes is None or _transforms is None:
+        return False
+    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") for x in tensors)
+    return plain and _modes() == 0 and _transforms() is None
 
 
 def check(name: str, x: Any) -> None:
@@ -239,6 +269,8 @@ def run(
     options: str, q: Tensor, k: Tensor, v: Tensor, extras: list, max_seqlen_q: int, max_seqlen_k: int
 ) -> tuple[Tensor, Tensor]:
     """o and lse."""
+    if _seen_by_autograd_alone([q, k, v, *extras]):
+        return _Direct.apply(options, max_seqlen_q, max_seqlen_k, q, k, v, *extras)
     return torch.ops.flashattn.forward(q, k, v, extras, options, max_seqlen_q, max_seqlen_k)
 
 
