@@ -22,7 +22,8 @@
 //!
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
-//!    warpgroups wait for each other's dS.
+//!    warpgroups wait for each other's dS; except at head_dim 65 to 128 with dQ', where FlashAttention-3's order leaves registers
+//!    for dS as dK's operand.
 //! 2. *Each warp adds its own 16 rows of dQ'* by one bulk reduction from shared memory: its layout is our own, that of the
 //!    accumulator's fragments, so that no warp waits for another.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
