@@ -116,7 +116,8 @@ pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     // The largest square that fits: dK and dV take 64 registers, S and dP 128. Q is let go of last and needed first, so it has
     // a third stage. Of few keys adding dQ up, with its zeros and its pass over the sums, takes longer than S and dP once more.
     backward_tiles(64, 128, Split::Keys, [3, 2], [0, 512]),
-    // dK and dV take 128 registers, so S and dP are 32 each; with 80 queries the next block's S would not fit beside dQ.
+    // dK and dV take 128 registers, so S and dP are 32 each; nothing of the next block is issued before this one is done, so that
+    // dS stays in registers for dK.
     backward_tiles(128, 64, Split::Keys, [3, 2], [512, 1024]),
     // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries. So narrow blocks would add up
     // more of dQ than L2 can.

@@ -495,7 +495,13 @@ fn gradients_are_added_to_what_is_there() {
 /// A query drops the only key whose dO·v is infinite, and nothing of that reaches its gradients or the key's.
 #[test]
 fn what_is_dropped_overflows_in_the_emulator() {
-    let (n, d, seed, p) = (160, 64, 5, 0.5);
+    for (d, deterministic) in [(64, false), (64, true), (256, false)] {
+        overflow_of_what_is_dropped(d, deterministic);
+    }
+}
+
+fn overflow_of_what_is_dropped(d: usize, deterministic: bool) {
+    let (n, seed, p) = (160, 5, 0.5);
     let mut problem = AttentionProblem::new(1, n, 1, d, DType::Bf16);
     problem.dropout = Some(Dropout { p, seed });
     let (i, j) = (100, (0..n).rfind(|&j| !philox::keep(seed, 0, 0, 100, j as u32, p)).expect("drops half"));
@@ -518,7 +524,8 @@ fn what_is_dropped_overflows_in_the_emulator() {
         [&mut dq, &mut dk, &mut dv].map(|x| ViewMut::new(x, shape).expect("as long"));
     let mut gradients =
         Gradients { dq: dq_view, dk: dk_view, dv: dv_view, d_sinks: None, d_tables: Vec::new() };
-    Emulator::default().backward(&problem, &inputs, &given, &mut gradients).expect("runs");
+    let emulator = Emulator { deterministic, ..Default::default() };
+    emulator.backward(&problem, &inputs, &given, &mut gradients).expect("runs");
     for (name, got, want) in [("dq", dq, expected.dq), ("dk", dk, expected.dk), ("dv", dv, expected.dv)] {
         for (row, (got, want)) in got.chunks(d).zip(want.chunks(d)).enumerate() {
             let most = want.iter().fold(0.0f64, |most, x| most.max(x.abs()));
@@ -528,6 +535,33 @@ fn what_is_dropped_overflows_in_the_emulator() {
             }
         }
     }
+}
+
+/// So many keys that dQ is added up at head_dim above 64, too: of these the corpus has none.
+fn of_many_keys() -> Vec<Case> {
+    let template = cases().into_iter().find(|case| case.name.starts_with("head-dim/"));
+    let template = template.unwrap_or_else(|| cases().remove(0));
+    let new = |dtype, [m, n]: [usize; 2], [d, dv]: [usize; 2], mask| {
+        let mut p = AttentionProblem::new(1, m, 2, d, dtype);
+        (p.seqlen_k, p.heads_kv, p.head_dim_v, p.mask) = (n, 1, dv, mask);
+        p
+    };
+    let problems = [
+        new(DType::Bf16, [130, 530], [128, 128], Mask::Full),
+        new(DType::F16, [150, 1100], [96, 128], Mask::Causal),
+        new(DType::Bf16, [100, 1100], [111, 111], Mask::Causal),
+        new(DType::Bf16, [70, 1100], [128, 72], Mask::window(600, 40)),
+        new(DType::Bf16, [1, 1], [128, 128], Mask::Full).with_varlen(&[0, 33, 100], &[0, 520, 1101]),
+    ];
+    let named = |(i, problem)| Case { name: format!("many-keys/{i}"), problem, ..template.clone() };
+    problems.into_iter().enumerate().map(named).collect()
+}
+
+#[test]
+fn many_keys_in_the_emulator() {
+    let cases = of_many_keys();
+    assert!(cases.iter().all(|case| !plan(case, false).expect("plans").config.own_dq));
+    run(&Emulator::default(), &cases);
 }
 
 /// The plan of dense tensors, as far as TMA takes them.
@@ -544,7 +578,7 @@ fn plan(case: &Case, deterministic: bool) -> Result<BackwardPlan, PlanError> {
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
     let cases = cases().into_iter().filter(|case| case.problem.dtype != DType::F32);
-    for case in cases.chain(with_dropout(self::cases())) {
+    for case in cases.chain(with_dropout(self::cases())).chain(of_many_keys()) {
         // Of f16, which differs in the types of a few instructions, what has neither mask program nor score mod.
         let few = |config: &BwdConfig| config.mask_program.is_none() && config.score_mod.is_none();
         // Of deterministic plans those with sums that others do not have.

@@ -323,6 +323,29 @@ def peak_bytes():
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status).group(1))
 
 
+def test_without_the_dispatcher(monkeypatch):
+    """In eager mode autograd alone sees the passes: the same bits; whoever else looks gets the operator."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from flashattn import _torch
+
+    q, k, v = inputs(torch.float32)
+    d_o = torch.randn(*q.shape[:-1], v.shape[-1])
+
+    def results(d_o=d_o):
+        o = flashattn.flash_attn_func(q, k, v, causal=True)
+        return o, *torch.autograd.grad(o, (q, k, v), d_o)
+
+    here = results()
+    assert _torch._seen_by_autograd_alone([q, k, v])
+    negative = results(torch._neg_view(-d_o))
+    graph = make_fx(lambda q: flashattn.flash_attn_func(q, k.detach(), v.detach()), pre_dispatch=True)(q.detach())
+    assert "flashattn.forward" in graph.code
+    monkeypatch.setattr(_torch, "_seen_by_autograd_alone", lambda tensors: False)
+    there = results()
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(here, there, negative))
+
+
 def test_no_score_matrix():
     """16k tokens: the scores of one head would be 512 MiB in bf16."""
     q, k, v = inputs(torch.bfloat16, batch=1, sq=16384, sk=16384, heads=1, heads_kv=1, d=64)

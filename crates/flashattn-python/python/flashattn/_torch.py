@@ -162,8 +162,10 @@ def _vjp(ctx: Any, do: Optional[Tensor], dlse: Optional[Tensor], direct: bool = 
     q, k, v, o, lse, *extras = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(o)
-    # The operator refuses second derivatives.
-    backward = _backward if direct and not torch.is_grad_enabled() else torch.ops.flashattn.backward
+    # Of second derivatives the operator says that there are none.
+    given = [x for x in (do, dlse, q, k, v, o, lse, *extras) if x is not None]
+    direct = direct and not torch.is_grad_enabled() and _seen_by_autograd_alone(given)
+    backward = _backward if direct else torch.ops.flashattn.backward
     results = backward(do, dlse, q, k, v, o, lse, extras, ctx.options, ctx.max_seqlen_q, ctx.max_seqlen_k)
     d_extras: list = [None] * len(extras)
     for i, gradient in zip(learned(ctx.options), results[3:]):
@@ -217,15 +219,20 @@ class _Direct(torch.autograd.Function):
 
 # Private, and so perhaps not in each version: then calls go through the dispatcher.
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
+_functions = getattr(torch._C, "_len_torch_function_stack", None)
 _transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 
 
 def _seen_by_autograd_alone(tensors: list[Tensor]) -> bool:
-    """Whether no compiler, tracer, transform or subclass of tensors wants to see the operator."""
-    if torch.compiler.is_compiling() or _modes is None or _transforms is None:
+    """Whether no compiler, tracer, mode, transform or subclass of tensors wants to see the operator, and no tensor is to be negated."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    plain = all(type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") for x in tensors)
-    return plain and _modes() == 0 and _transforms() is None
+    if _modes is None or _functions is None or _transforms is None:
+        return False
+    plain = all(
+        type(x) in (Tensor, torch.nn.Parameter) and x.device.type in ("cpu", "cuda") and not x.is_neg() for x in tensors
+    )
+    return plain and _modes() == 0 and _functions() == 0 and _transforms() is None
 
 
 def check(name: str, x: Any) -> None:

@@ -205,11 +205,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Whether a block's products follow one after the other, none of the next block's among them: that leaves registers for dS, so
-    /// that dK does not read it from shared memory. Dropout's words are computed beside the next block's.
+    /// that dK does not read it from shared memory. Not with dropout, whose words are computed beside the products of two blocks.
     fn in_order(&self) -> bool {
         let config = self.config;
         let plain = !config.programs() && !config.dropout;
-        config.split == Split::Keys && config.tile_m == 64 && !config.own_dq && plain
+        config.split == Split::Keys && config.tile_m == 64 && !config.own_dq && plain && self.has_room()
+    }
+
+    /// Whether there are registers for dS as an operand beside all else.
+    fn has_room(&self) -> bool {
+        let config = self.config;
+        !config.busy_producers() && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0)
     }
 
     /// A block in that order.
@@ -281,11 +287,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     /// dropout, whose random words need them at the same time.
     fn dk_from_registers(&self) -> bool {
         let config = self.config;
-        let enough = !config.busy_producers()
-            && !config.dropout
-            && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
-        self.keeps_scores()
-            || config.split == Split::Keys && (config.tile_m == 128 || self.in_order()) && enough
+        let square = config.split == Split::Keys && config.tile_m == 128 && !config.dropout;
+        self.keeps_scores() || self.in_order() || square && self.has_room()
     }
 
     /// Whether no product of a warpgroup needs the other's dS, so that it stays in registers.

@@ -207,7 +207,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
     }
 
-    /// P and dS from S and dP with a score mod, a mask's program or dropout; and the gradients of tables.
+    /// P and dS from S and dP with a score mod or a mask's program; and the gradients of tables.
     pub(super) fn elements(&self, block: &Block<'k>) {
         let (k, config, params) = (self.k, self.config, self.params);
         for &s in &self.s.registers {

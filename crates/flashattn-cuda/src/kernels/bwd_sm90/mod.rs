@@ -8,7 +8,7 @@
 //!   producers (two threads):  K, V; then for each query head of the group, for each m_block that sees the keys:
 //!                             Q with its stats, and dO, each into stages of its own
 //!   consumers (two warpgroups), for each of these:
-//!       Sᵀ = K·Qᵀ                               (issued while the m_block before was at its dQ and dK)
+//!       Sᵀ = K·Qᵀ                               (issued while the m_block before was at its dQ and dK; but see 1)
 //!       dPᵀ = V·dOᵀ;  Pᵀ = exp2(scale·Sᵀ − lse) meanwhile
 //!       dV += Pᵀ·dO;  dSᵀ = Pᵀ ∘ (dPᵀ − D) meanwhile, to shared memory for both
 //!       dQ' += dS·K, added to global memory in f32;  dK += dSᵀ·Q
@@ -22,8 +22,8 @@
 //!
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
-//!    warpgroups wait for each other's dS; except at head_dim 65 to 128 with dQ', where FlashAttention-3's order leaves registers
-//!    for dS as dK's operand.
+//!    warpgroups wait for each other's dS; except at head_dim 72 to 128 where FlashAttention-3's order leaves registers for dS as
+//!    dK's operand (`Consumer::in_order`).
 //! 2. *Each warp adds its own 16 rows of dQ'* by one bulk reduction from shared memory: its layout is our own, that of the
 //!    accumulator's fragments, so that no warp waits for another.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always

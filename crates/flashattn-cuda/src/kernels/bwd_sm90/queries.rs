@@ -681,7 +681,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         }
     }
 
-    /// dS from S and dP with a score mod, a mask's program or dropout.
+    /// dS from S and dP with a score mod or a mask's program.
     fn elements(&self, item: &Item<'k>, key: Reg<'k, u32>, partial: Reg<'k, bool>) {
         let (k, config, params) = (self.k, self.config, self.params);
         for &s in &self.s.registers {
