@@ -115,8 +115,9 @@ struct Planned {
     /// Of `kernels`.
     main: usize,
     config: String,
-    /// Queries and keys of a block, and items of work.
+    /// Rows and keys of a block, query heads whose rows share it, and items of work.
     tile: [usize; 2],
+    heads: usize,
     items: u32,
     staged: Vec<String>,
     workspace_bytes: u64,
@@ -131,6 +132,7 @@ impl Planned {
                 let plan = StagedPlan::new(p, &Layout::dense(p))?;
                 let config = plan.forward.config.clone();
                 Planned {
+                    heads: config.packed_heads as usize,
                     config: format!("{config:?}"),
                     tile: [config.tile_m() as usize, config.tile_n as usize],
                     kernels: vec![KernelConfig::Forward(config).kernel()],
@@ -145,6 +147,7 @@ impl Planned {
                 let plan = StagedBackward::new(p, &GradLayout::dense(p), deterministic)?;
                 let config = &plan.backward.config;
                 Planned {
+                    heads: 1,
                     config: format!("{config:?}"),
                     tile: [config.tile_m as usize, config.tile_n() as usize],
                     kernels: KernelConfig::backward(config).iter().map(KernelConfig::kernel).collect(),
@@ -164,6 +167,8 @@ impl Planned {
 #[derive(Serialize)]
 struct Schedule {
     tile_m: usize,
+    /// Query heads whose rows share a tile: of each `tile_m / heads` queries.
+    heads: usize,
     tile_n: usize,
     /// Work items, which thread blocks take one after the other.
     tiles: u32,
@@ -212,8 +217,10 @@ pub fn run(args: &PtxArgs) -> Result<()> {
 
 fn report(p: &AttentionProblem, planned: &Planned, ptx_bytes: usize) -> Result<Report> {
     let (kernel, [tile_m, tile_n]) = (&planned.kernels[planned.main], planned.tile);
-    let schedule = BlockSchedule::new(p, tile_m, tile_n)?;
-    let counts = schedule.counts();
+    // Heads that share a tile see the same.
+    let heads = planned.heads;
+    let schedule = AttentionProblem { heads_q: p.heads_q / heads, ..p.clone() };
+    let counts = BlockSchedule::new(&schedule, tile_m / heads, tile_n)?.counts();
     let (ptxas, ptxas_error) = match assemble(kernel) {
         Ok(Assembled { registers, spill_stores, spill_loads, stack, warnings, .. }) => {
             (Some(Resources { registers, spill_stores, spill_loads, stack, warnings }), None)
@@ -233,6 +240,7 @@ fn report(p: &AttentionProblem, planned: &Planned, ptx_bytes: usize) -> Result<R
         ptxas_error,
         schedule: Schedule {
             tile_m,
+            heads,
             tile_n,
             tiles: planned.items,
             skipped: counts.skipped,
@@ -285,9 +293,12 @@ fn describe(p: &AttentionProblem, r: &Report) -> String {
         (None, error) => lines.push(format!("registers          {}", error.as_deref().unwrap_or("unknown"))),
     }
     let s = &r.schedule;
+    let packed = if s.heads > 1 { format!(" of {} heads", s.heads) } else { String::new() };
     lines.push(format!(
-        "items              {}: tiles of {} queries, blocks of {} keys",
-        s.tiles, s.tile_m, s.tile_n
+        "items              {}: tiles of {} queries{packed}, blocks of {} keys",
+        s.tiles,
+        s.tile_m / s.heads,
+        s.tile_n
     ));
     lines.push(format!(
         "blocks             {} whole, {} in part, {} skipped: {:.1} % computed",

@@ -306,6 +306,14 @@ fn gpus_refuse_by_name_and_their_kernels_are_shown() {
             && report["shared_bytes"].as_u64() > Some(1 << 15)
     );
     assert_eq!(report["staged"], json!([]));
+    // Heads that share a tile share its blocks: 40 queries of 4 heads are two tiles for each KV head.
+    let line = "ptx --seqlen-q 40 --seqlen 1000 --head-dim 64 --heads 8 --kv-heads 2 --json";
+    let schedule = json_of(line)["schedule"].clone();
+    assert_eq!(schedule["heads"], 4);
+    let tiles = 2 * (40 * 4u64).div_ceil(schedule["tile_m"].as_u64().unwrap());
+    let blocks = tiles * 1000u64.div_ceil(schedule["tile_n"].as_u64().unwrap());
+    let counted = ["skipped", "full", "partial"].map(|name| schedule[name].as_u64().unwrap());
+    assert_eq!((schedule["tiles"].as_u64(), counted.iter().sum::<u64>()), (Some(tiles), blocks));
     let report = json_of("ptx --head-dim 36 --softcap 5 --document 100 --json");
     assert_eq!(report["staged"], json!(["q", "k", "v"]));
     assert_eq!(report["uploads"].as_array().unwrap().len(), 3, "two lists and the documents' ids");

@@ -86,6 +86,14 @@ pub const FORWARD_SM90_DROPOUT: [Tiles; 4] = [
     tiles(256, [0, 0], [2, 64, 2], false),
 ];
 
+/// The same for kernels whose tiles are the queries of several heads: few, so that tall tiles would be empty. Not tuned.
+pub const FORWARD_SM90_PACKED: [Tiles; 3] = [
+    tiles(64, [0, 0], [2, 128, 3], true),
+    // Places of rows in o and lse take registers too: 128 keys spill.
+    tiles(128, [0, 0], [2, 96, 4], true),
+    tiles(256, [0, 0], [2, 64, 2], false),
+];
+
 /// The same for kernels with two or more of dropout, a mask's program and a score mod: blocks are narrower, without spills by ptxas
 /// 13.0.
 pub const FORWARD_SM90_PROGRAMS: [Tiles; 3] = [
@@ -156,6 +164,8 @@ const fn backward_tiles(
 pub enum Extras {
     /// Nothing that takes registers.
     None,
+    /// Query heads that share a tile.
+    Packed,
     /// A score mod.
     Score,
     /// A score mod, with f16.
@@ -172,8 +182,9 @@ pub enum Extras {
 
 impl Extras {
     /// All of them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Extras::None,
+        Extras::Packed,
         Extras::Score,
         Extras::ScoreF16,
         Extras::Slope,
@@ -186,6 +197,7 @@ impl Extras {
     pub const fn rows(self) -> &'static [Tiles] {
         match self {
             Extras::None => &FORWARD_SM90,
+            Extras::Packed => &FORWARD_SM90_PACKED,
             Extras::Score => &FORWARD_SM90_SCORES,
             Extras::ScoreF16 => &FORWARD_SM90_SCORES_F16,
             Extras::Slope => &FORWARD_SM90_SLOPES,

@@ -187,7 +187,7 @@ impl ForwardPlan {
         let lowered = problem.lower()?;
         let mask = band(problem, lowered.mask.is_some());
         let by_blocks = lowered.mask.filter(|_| mask.is_none());
-        let config = configure(problem, mask, &by_blocks, &lowered.score_mod, tiles)?;
+        let config = configure(problem, strides, mask, &by_blocks, &lowered.score_mod, tiles)?;
         let tiles = count(problem, &config)?;
         let mut plan = ForwardPlan { config, arguments: Vec::new(), uploads: Vec::new(), tiles };
         plan.tensors(problem, strides)?;
@@ -287,9 +287,13 @@ impl ForwardPlan {
     /// Lengths, heads and the scale.
     fn sizes(&mut self, p: &AttentionProblem) {
         let head_bytes = p.seqlen_k as u64 * (p.head_dim + p.head_dim_v) as u64 * 2;
-        let pairs = (p.heads_q * p.batch) as u64;
+        let (heads, group) = match self.config.packed_heads {
+            1 => (p.heads_q, p.group()),
+            _ => (p.heads_kv, 1),
+        };
+        let pairs = (heads * p.batch) as u64;
         let masked = self.config.mask != MaskKind::Band { left: false, right: false };
-        let head_group = config::head_group(head_bytes, p.group() as u64, masked).min(pairs.max(1));
+        let head_group = config::head_group(head_bytes, group as u64, masked).min(pairs.max(1));
         let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group as usize];
         // They fit: validated to be below 2³⁰, and the pairs are at most the tiles.
         self.arguments.extend(numbers.map(|x| Argument::U32(x as u32)));
@@ -387,6 +391,7 @@ fn band(p: &AttentionProblem, masked: bool) -> Option<[Option<usize>; 2]> {
 
 fn configure(
     p: &AttentionProblem,
+    strides: &Strides,
     band: Option<[Option<usize>; 2]>,
     mask: &Option<Traced>,
     score_mod: &Option<Traced>,
@@ -412,7 +417,13 @@ fn configure(
         (false, false) => Extras::None,
     };
     let (head_dims, masked) = ([p.head_dim, p.head_dim_v], band != Some([None, None]));
-    let Some(tiles) = tiles.or_else(|| config::forward_sm90(head_dims, p.seqlen_k, masked, extras)) else {
+    let tiles_for = |extras| tiles.or_else(|| config::forward_sm90(head_dims, p.seqlen_k, masked, extras));
+    // Nothing else may depend on the head.
+    let plain = extras == Extras::None && !p.sinks && p.varlen.is_none();
+    let packed =
+        tiles_for(Extras::Packed).filter(|tiles| plain && packs(p, strides.q, 64 * tiles.consumers as usize));
+    let packed_heads = if packed.is_some() { p.group() as u32 } else { 1 };
+    let Some(tiles) = packed.or_else(|| tiles_for(extras)) else {
         let most = config::FORWARD_SM90.map(|row| row.head_dim).into_iter().max().unwrap_or(0);
         let got = format!("head_dim {}, head_dim_v {}", p.head_dim, p.head_dim_v);
         return unsupported(Feature::HeadDim, got, format!("at most {most} each"));
@@ -442,7 +453,16 @@ fn configure(
         dropout,
         sinks: p.sinks,
         varlen: p.varlen.is_some(),
+        packed_heads,
     })
+}
+
+/// Whether the query heads of a group can share tiles of so many rows, and a single one would not fill them.
+fn packs(p: &AttentionProblem, q_strides: [usize; 4], tile_m: usize) -> bool {
+    let g = p.group();
+    // TMA's limit, of the stride from one KV head's queries to the next one's.
+    let near = p.heads_kv <= 1 || q_strides[2] as u128 * (g as u128 * 2) < 1 << 40;
+    g > 1 && tile_m.is_multiple_of(g) && p.seqlen_q < tile_m && near
 }
 
 /// Tiles of a launch: 0 if there are no queries.
@@ -450,14 +470,15 @@ fn count(p: &AttentionProblem, config: &FwdConfig) -> Result<u32, PlanError> {
     if p.total_q() == 0 {
         return Ok(0);
     }
-    let m_blocks = p.seqlen_q.div_ceil(config.tile_m() as usize) as u128;
-    let tiles = m_blocks * p.heads_q as u128 * p.batch as u128;
+    let heads = config.packed_heads as usize;
+    let m_blocks = (p.seqlen_q * heads).div_ceil(config.tile_m() as usize) as u128;
+    let tiles = m_blocks * (p.heads_q / heads) as u128 * p.batch as u128;
     // Each block takes one number more than there are tiles.
     match u32::try_from(tiles) {
         Ok(tiles) if tiles < 1 << 31 => Ok(tiles),
         _ => unsupported(
             Feature::Size,
-            format!("{tiles} tiles of {} queries", config.tile_m()),
+            format!("{tiles} tiles of {} rows", config.tile_m()),
             "fewer than 2^31",
         ),
     }
@@ -566,6 +587,42 @@ mod tests {
         assert_eq!(rows[..12], rows[36..]);
         assert_eq!((rows[2], runs.len() / 2), (1, rows[1] as usize + rows[5] as usize + rows[9] as usize));
         assert_eq!((runs[0] & 0x7fff_ffff, runs[2 * rows[1] as usize - 1]), (0, 1));
+    }
+
+    #[test]
+    fn heads_of_a_group_share_tiles_of_few_queries() {
+        let mut p = AttentionProblem::new(2, 5, 16, 64, DType::Bf16);
+        (p.heads_kv, p.seqlen_k, p.mask) = (2, 300, Mask::Causal);
+        let shared = plan(&p);
+        // 5 queries of 8 heads are one tile of 128 rows, for each KV head.
+        assert_eq!((shared.config.packed_heads, shared.tiles), (8, 4));
+        let Some(Argument::TensorMap(map, Tensor::Q)) = shared.arguments.first() else {
+            panic!("no map of q")
+        };
+        assert_eq!(
+            (map.shape.as_slice(), map.tile.as_slice()),
+            (&[64, 8, 5, 2, 2][..], &[64, 8, 16, 1, 1][..])
+        );
+        assert_eq!(map.strides, [128, 16 * 128, 8 * 128, 5 * 16 * 128]);
+        // Tiles of 64 queries of 2 heads.
+        let longer = AttentionProblem { seqlen_q: 127, heads_q: 4, ..p.clone() };
+        assert_eq!((plan(&longer).config.packed_heads, plan(&longer).tiles), (2, 8));
+        let sinks = AttentionProblem { sinks: true, ..p.clone() };
+        let odd = AttentionProblem { heads_q: 6, ..p.clone() };
+        let full = AttentionProblem { seqlen_q: 128, ..p.clone() };
+        let plain = AttentionProblem { heads_kv: 16, ..p.clone() };
+        let chunked = AttentionProblem { mask: Mask::chunked(64), ..p.clone() };
+        for p in [sinks, odd, full, plain, chunked] {
+            assert_eq!((plan(&p).config.packed_heads, plan(&p).tiles), (1, p.heads_q as u32 * 2), "{p:?}");
+        }
+        // KV heads' queries too far apart for TMA; of a single KV head it does not matter.
+        let far = Strides { q: [1 << 30, 64, 1 << 37, 1], ..dense(&p) };
+        assert_eq!(ForwardPlan::new(&p, &far).unwrap().config.packed_heads, 1);
+        let one = AttentionProblem { heads_kv: 1, ..p };
+        assert_eq!(
+            ForwardPlan::new(&one, &Strides { q: far.q, ..dense(&one) }).unwrap().config.packed_heads,
+            16
+        );
     }
 
     #[test]

@@ -11,8 +11,8 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
 use emulated::{GRID, copy, failed, refused};
-use flashattn_cuda::config::{Extras, Tiles};
-use flashattn_cuda::kernels::{CopyConfig, FwdConfig, copy_rows, flash_fwd_sm90};
+use flashattn_cuda::config::{Extras, FORWARD_SM90, Tiles};
+use flashattn_cuda::kernels::{CopyConfig, FwdConfig, MaskKind, copy_rows, flash_fwd_sm90};
 use flashattn_cuda::plan::{Argument, Feature, ForwardPlan, PlanError, Strides, Tensor};
 use flashattn_cuda::stage::{Layout, Location, StagedPlan};
 use flashattn_spec::io::{Device, IoModel, LoopOrder, Pass, Tiling};
@@ -253,7 +253,7 @@ fn every_row_of_the_table_in_the_emulator() {
             let score_mod = !matches!(p.score_mod, ScoreMod::None);
             p.head_dim.max(p.head_dim_v) <= tiles.head_dim as usize
                 && match extras {
-                    Extras::None => p.dropout.is_none() && !mask && !score_mod,
+                    Extras::None | Extras::Packed => p.dropout.is_none() && !mask && !score_mod,
                     Extras::Score | Extras::ScoreF16 | Extras::Slope => p.dropout.is_none() && !mask,
                     Extras::Mask => p.dropout.is_none() && !score_mod,
                     Extras::Dropout => !mask && !score_mod,
@@ -298,6 +298,76 @@ fn kept_references_in_the_emulator() {
     only(&run(&Emulator::default(), &cases), &[]);
 }
 
+/// Short queries of many heads that share their keys and values: rows of one tile.
+fn packed_heads() -> Vec<Case> {
+    let template = corpus().into_iter().find(|case| case.problem.dtype == DType::Bf16);
+    let template = Case { backward: false, ..template.expect("the corpus has bf16") };
+    let masks = [
+        Mask::Causal,
+        Mask::Full,
+        Mask::window(90, 3),
+        Mask::Local { left: Some(130), right: None },
+        Mask::Local { left: None, right: Some(20) },
+    ];
+    let inputs = [
+        InputKind::Normal,
+        InputKind::NotFinite(Place::V),
+        InputKind::Large,
+        InputKind::NotFinite(Place::K),
+        InputKind::Growing,
+        InputKind::Normal,
+        InputKind::NotFinite(Place::Q),
+    ];
+    let head_dims = [[64, 64], [128, 128], [40, 72], [256, 256], [64, 128], [256, 40], [96, 33], [128, 64]];
+    let keys = [300, 37, 517, 1, 128, 0];
+    let mut cases = Vec::new();
+    for dtype in [DType::Bf16, DType::F16] {
+        for group in [2, 4, 8, 16, 64] {
+            for queries in [1, 2, 5, 17, 63, 100] {
+                let i = cases.len();
+                let mut case = template.clone();
+                case.seed = i as u64;
+                case.input = inputs[i % inputs.len()];
+                // Few rows in all, as the reference takes its time.
+                let few = group * queries <= 300;
+                let (batch, heads_kv) = if few { (1 + i % 2, 1 + i % 3) } else { (1, 1) };
+                let p = &mut case.problem;
+                let [d, dv] = head_dims[i % head_dims.len()];
+                *p = AttentionProblem::new(batch, queries, heads_kv * group, d, dtype);
+                (p.heads_kv, p.head_dim_v) = (heads_kv, dv);
+                p.seqlen_k = keys[(i + i / 6) % keys.len()];
+                p.mask = masks[i % masks.len()].clone();
+                case.name = format!("packed heads/{p:?}/{:?}", case.input);
+                cases.push(case);
+            }
+        }
+    }
+    // Of each warpgroup's rows only the last query sees the last block of 32 keys.
+    let mut case = Case { name: "packed heads/hidden blocks".to_owned(), ..template };
+    case.problem = AttentionProblem::new(1, 100, 2, 64, DType::Bf16);
+    (case.problem.heads_kv, case.problem.seqlen_k, case.problem.mask) = (1, 69, Mask::Causal);
+    cases.push(case);
+    cases
+}
+
+#[test]
+fn packed_heads_in_the_emulator() {
+    let cases = packed_heads();
+    for case in &cases {
+        let p = &case.problem;
+        let plan = StagedPlan::new(p, &Layout::dense(p)).expect("plans").forward;
+        assert_eq!(plan.config.packed_heads as usize, p.group(), "{}", case.name);
+    }
+    only(&run(&Emulator::default(), &cases), &[]);
+    // Tiles of one consumer, and of three, which leave out narrow blocks that they do not see.
+    for (consumers, tile_n) in [(1, 128), (3, 32)] {
+        let tiles = Tiles { consumers, tile_n, ..FORWARD_SM90[1] };
+        let fits = |p: &AttentionProblem| p.head_dim.max(p.head_dim_v) <= 64 && p.heads_q * p.seqlen_q <= 400;
+        let some: Vec<Case> = cases.iter().filter(|case| fits(&case.problem)).cloned().collect();
+        only(&run(&Emulator { tiles: Some(tiles), ..Default::default() }, &some), &[]);
+    }
+}
+
 /// What the kernel reads and writes of each tensor is what the IO model counts with the kernel's own tiles, to the byte.
 #[test]
 fn bytes_are_those_of_the_io_model() {
@@ -305,6 +375,10 @@ fn bytes_are_those_of_the_io_model() {
         (2, [300, 300], [4, 2], [64, 64]),
         (1, [130, 517], [3, 1], [128, 72]),
         (1, [700, 260], [2, 2], [256, 96]),
+        // Packed heads: a tile in part, and several.
+        (1, [5, 300], [8, 2], [64, 64]),
+        (2, [3, 300], [16, 1], [128, 72]),
+        (1, [63, 300], [16, 2], [64, 64]),
     ];
     let masks = [Mask::Full, Mask::Causal, Mask::window(150, 20), Mask::chunked(128)];
     for (batch, [m, n], [heads, heads_kv], [d, dv]) in shapes {
@@ -331,7 +405,11 @@ fn bytes_are_those_of_the_io_model() {
             let (config, report) =
                 emulator.last.into_inner().expect("no thread panicked").expect("was launched");
             let [tile_m, tile_n] = [config.tile_m(), config.tile_n].map(|x| x as usize);
-            let tiling = Tiling::new(&p, LoopOrder::QOuter, tile_m, tile_n);
+            assert_eq!(config.packed_heads > 1, m < 100 && config.mask != MaskKind::Blocks);
+            let tiling = Tiling {
+                pack_gqa: config.packed_heads > 1,
+                ..Tiling::new(&p, LoopOrder::QOuter, tile_m, tile_n)
+            };
             let model = IoModel::flash(&p, &Device::h100(), Pass::Forward, &tiling).expect("a valid problem");
             for name in ["q", "k", "v", "o", "lse"] {
                 let (counted, said) = (report.buffers[name], model.tensor(name).expect("the model has it"));
@@ -440,7 +518,7 @@ fn ptxas_takes_every_copy() {
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
     let cases = cases().into_iter().filter(|case| case.problem.dtype != DType::F32);
-    for case in cases.chain(with_dropout(self::cases())) {
+    for case in cases.chain(with_dropout(self::cases())).chain(packed_heads()) {
         let p = &case.problem;
         let strides = |[_, n, h, d]: [usize; 4]| {
             let row = d.next_multiple_of(8);

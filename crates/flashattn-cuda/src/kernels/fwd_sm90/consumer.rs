@@ -350,7 +350,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         Scores {
             k: self.k,
             fragment: &self.s,
-            q: signed(tile.m_block * self.config.tile_m() + self.row),
+            q: signed(self.work.query(tile.m_block * self.config.tile_m() + self.row)),
             kv: signed(self.n_block * self.config.tile_n + self.column),
             place: Place {
                 batch: signed(tile.batch),
@@ -388,9 +388,14 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             return;
         };
         k.if_(self.partial, || {
-            // Row i sees from i + shift − left to i + shift + right.
+            // Query i sees from i + shift − left to i + shift + right.
             let shift = (tile.seqlen_k - tile.seqlen_q).bits::<i32>() - scores.kv;
-            let rows = [0, 8].map(|further| scores.q + further + shift);
+            let rows = if config.packed_heads > 1 {
+                let other = self.work.query(tile.m_block * config.tile_m() + self.row + 8);
+                [scores.q, other.bits()].map(|query| query + shift)
+            } else {
+                [0, 8].map(|further| scores.q + further + shift)
+            };
             let to = rows.map(|diagonal| match params.band[1] {
                 Some(right) => end.min(diagonal + 1 + right.min(1 << 30)),
                 None => end,
@@ -569,10 +574,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                     o * end.inverse
                 })
                 .collect();
-            let exists = row.lt(tile.seqlen_q);
+            let exists = row.lt(self.work.rows(tile.seqlen_q));
             // The four threads of a row hold the same; the one with column 0 writes.
-            k.when(self.column.eq(0) & exists, || (lse + row.to_u64() * 4).address().store(end.lse));
-            let at = o + row.to_u64() * params.o_strides[1] * 2;
+            k.when(self.column.eq(0) & exists, || (lse + self.work.in_lse(row) * 4).address().store(end.lse));
+            let at = o + self.work.in_o(row) * 2;
             let [wide, narrow] = [wide, narrow].map(|column| (at + column).address());
             for (i, columns) in registers.chunks(4).enumerate() {
                 let first = 16 * i as u32;

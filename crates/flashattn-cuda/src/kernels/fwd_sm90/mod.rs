@@ -30,6 +30,9 @@
 //! 6. *O by whole sectors*: neighbouring threads exchange columns, so that each store fills 32 bytes of a row.
 //! 7. A warpgroup leaves out the blocks that a causal mask hides from all its rows, where blocks are narrow enough.
 //! 8. Scores are kept in base 2: `scale·log2(e)` goes into the one multiply-add before `ex2`.
+//! 9. *Query heads of a group in one tile*, where a single head does not fill it: row r of a KV head is query r / g of its head
+//!    r % g, so that each block of K and V is loaded once for all g. TMA brings Q in this order, by a fifth dimension. (Not yet
+//!    measured.)
 
 mod consumer;
 mod repair;
@@ -98,6 +101,9 @@ pub struct FwdConfig {
     pub sinks: bool,
     /// Whether sequences are packed.
     pub varlen: bool,
+    /// Query heads whose rows share a tile: 1; or all of a group, a divisor of the tile's rows, with a [`MaskKind::Band`] and
+    /// none of score mod, dropout, sinks and varlen.
+    pub packed_heads: u32,
 }
 
 /// Shared memory of a block, less what barriers and numbers take.
@@ -139,7 +145,17 @@ impl FwdConfig {
     /// Tensor maps of q, k and v: `shapes` are (head_dim, seqlen, heads, batch).
     pub fn tensor_maps(&self, shapes: [[u64; 4]; 3], strides: [Stride; 3]) -> [TensorMap; 3] {
         let layouts = [self.q(), self.k(), self.v()];
-        [0, 1, 2].map(|i| layouts[i].tensor_map(layouts[i].rows, &shapes[i], &strides[i]))
+        let mut maps = [0, 1, 2].map(|i| layouts[i].tensor_map(layouts[i].rows, &shapes[i], &strides[i]));
+        if self.packed_heads > 1 {
+            // (head_dim, head of the group, seqlen, KV head, batch): the box's rows are in the tile's order.
+            let (g, [d, n, h, b], [sn, sh, sb]) = (u64::from(self.packed_heads), shapes[0], strides[0]);
+            // The stride of a single KV head means nothing, and may be too large.
+            let by_group = if h > g { g * sh } else { 16 };
+            let q = self.q();
+            maps[0] = q.tensor_map(self.packed_heads, &[d, g, n, h / g, b], &[sh, sn, by_group, sb]);
+            maps[0].tile[2] = q.rows / self.packed_heads;
+        }
+        maps
     }
 
     /// Registers a thread of the producer and of a consumer (`setmaxnreg`).
@@ -160,7 +176,8 @@ impl FwdConfig {
             MaskKind::Band { .. } => "local",
             MaskKind::Blocks => "blocks",
         };
-        format!("flash_fwd_sm90_{element}_{}_{}_{mask}", self.head_dim, self.head_dim_v)
+        let name = format!("flash_fwd_sm90_{element}_{}_{}_{mask}", self.head_dim, self.head_dim_v);
+        if self.packed_heads > 1 { format!("{name}_packed{}", self.packed_heads) } else { name }
     }
 }
 

@@ -82,8 +82,8 @@ impl<'k> RowEnd<'k> {
 
 /// A row of a warp, the same in all its lanes.
 struct Row<'k> {
-    /// Index in its sequence.
-    index: Reg<'k, u32>,
+    /// Index of its query in the sequence.
+    query: Reg<'k, u32>,
     /// The lane's columns of q.
     q: Vec<Reg<'k, f32>>,
 }
@@ -99,20 +99,21 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             k.break_if(next.eq(0));
             let tile = self.work.tile(next - 1);
             let first = tile.m_block * self.config.tile_m() + (k.warp() - 4) * 16;
-            k.for_(first, tile.seqlen_q.min(first + 16), 1u32, |row| self.repair_row(&tile, row));
+            let rows = self.work.rows(tile.seqlen_q);
+            k.for_(first, rows.min(first + 16), 1u32, |row| self.repair_row(&tile, row));
             next.set(self.work.before(next).load::<u32>());
         });
     }
 
     /// Each lane takes every 32nd column.
-    fn repair_row(&self, tile: &WorkTile<'k>, index: Reg<'k, u32>) {
+    fn repair_row(&self, tile: &WorkTile<'k>, row: Reg<'k, u32>) {
         let (k, config, params, lane) = (self.k, self.config, self.params, self.lane);
         let [o, lse] = self.work.outputs(tile);
-        let lse = (lse + index.to_u64() * 4).address();
+        let lse = (lse + self.work.in_lse(row) * 4).address();
         let value = lse.load::<f32>();
         // Its sum was not finite; −∞ is that of a row without keys.
         let all = (value * 0.0).ne(0.0) & value.ne(f32::NEG_INFINITY);
-        let o = (o + (index.to_u64() * params.o_strides[1] + lane.to_u64()) * 2).address();
+        let o = (o + (self.work.in_o(row) + lane.to_u64()) * 2).address();
         let exponent = if H::ELEMENT == ptx::instr::Element::F16 { 0x7c00 } else { 0x7f80 };
         let written = self.columns(o, config.head_dim_v).into_iter().enumerate();
         let broken: Vec<_> = written
@@ -123,10 +124,11 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             .collect();
         let any = broken.iter().copied().reduce(|a, b| a | b).unwrap_or_else(|| k.var(false));
         k.if_(any.any(), || {
-            let q = params.inputs[0].at([self.work.batch(tile), index + tile.q_row, tile.head, lane]);
+            let (query, head) = (self.work.query(row), self.work.head(tile, row));
+            let q = params.inputs[0].at([self.work.batch(tile), query + tile.q_row, head, lane]);
             let q: Vec<_> =
                 self.columns(q, config.head_dim).into_iter().map(|bits| self.float(bits)).collect();
-            let row = Row { index, q };
+            let row = Row { query, q };
             let end = self.sum_row(tile, &row);
             k.when(lane.eq(0), || lse.store(end.lse));
             let base = end.reference.eq(f32::NEG_INFINITY).select(0.0, end.reference);
@@ -176,11 +178,11 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         done: impl FnOnce() -> Reg<'k, bool>,
     ) {
         let (k, params) = (self.k, self.params);
-        let head_kv = tile.head / (params.heads_q / params.heads_kv);
+        let head_kv = self.work.head_kv(tile);
         let key = k.var(0u32);
         k.loop_(|| {
             k.break_if(key.ge(tile.seqlen_k));
-            k.if_(self.sees(tile, row.index, key), || {
+            k.if_(self.sees(tile, row.query, key), || {
                 let at = [self.work.batch(tile), key + tile.kv_row, head_kv, self.lane];
                 body(self.score(tile, row, key, params.inputs[1].at(at)), key, at);
             });
@@ -211,10 +213,10 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
     }
 
-    /// Whether the mask shows a key of the sequence to a row.
-    fn sees(&self, tile: &WorkTile<'k>, row: Reg<'k, u32>, key: Reg<'k, u32>) -> Reg<'k, bool> {
+    /// Whether the mask shows a key of the sequence to a query.
+    fn sees(&self, tile: &WorkTile<'k>, query: Reg<'k, u32>, key: Reg<'k, u32>) -> Reg<'k, bool> {
         let (k, params) = (self.k, self.params);
-        let (q, kv) = (row.bits::<i32>(), key.bits::<i32>());
+        let (q, kv) = (query.bits::<i32>(), key.bits::<i32>());
         if let Some((program, _)) = &self.config.mask_program {
             let element = Element { row: 0, column: 0, q, kv, kv_offset: None };
             let place = self.place(tile).place;
@@ -245,7 +247,7 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
         if let Some((program, _)) = &config.score_mod {
             score = score * params.scale;
-            let element = Element { row: 0, column: 0, q: row.index.bits(), kv: key.bits(), kv_offset: None };
+            let element = Element { row: 0, column: 0, q: row.query.bits(), kv: key.bits(), kv_offset: None };
             let mut emitter = ProgramEmitter::new(k, program, &params.score_tables, self.place(tile).place);
             return emitter.float(&element, score) * LOG2_E;
         }
@@ -264,6 +266,6 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         p: Reg<'k, f32>,
     ) -> Reg<'k, f32> {
         let Some(dropout) = &self.params.dropout else { return p };
-        dropout.keeps(&self.place(tile).place, row.index, key).select(p, 0.0)
+        dropout.keeps(&self.place(tile).place, row.query, key).select(p, 0.0)
     }
 }

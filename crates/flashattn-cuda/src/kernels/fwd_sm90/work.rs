@@ -16,6 +16,7 @@ pub(super) struct WorkTile<'k> {
     /// How many blocks of keys it sees.
     pub blocks: Reg<'k, u32>,
     pub m_block: Reg<'k, u32>,
+    /// Query head; KV head if the heads of a group are packed.
     pub head: Reg<'k, u32>,
     pub batch: Reg<'k, u32>,
     /// Lengths of the sequence, and where it begins in packed tensors (0 in others).
@@ -52,6 +53,8 @@ pub(super) struct Work<'a, 'k> {
     pub config: &'a FwdConfig,
     pub params: &'a Params<'k>,
     pub m_blocks: Reg<'k, u32>,
+    /// Those that tiles are counted by: of a sequence, and of all.
+    sequence_heads: Reg<'k, u32>,
     pub heads: Reg<'k, u32>,
     pub tiles: Reg<'k, u32>,
 }
@@ -61,9 +64,36 @@ pub(super) const TOLD_BYTES: u32 = 48;
 
 impl<'a, 'k> Work<'a, 'k> {
     pub fn new(k: &'k Builder, config: &'a FwdConfig, params: &'a Params<'k>) -> Self {
-        let m_blocks = (params.seqlen_q + (config.tile_m() - 1)) / config.tile_m();
-        let heads = params.heads_q * params.batch;
-        Work { k, config, params, m_blocks, heads, tiles: heads * m_blocks }
+        let g = config.packed_heads;
+        let rows = if g > 1 { params.seqlen_q * g } else { params.seqlen_q };
+        let m_blocks = (rows + (config.tile_m() - 1)) / config.tile_m();
+        let sequence_heads = if g > 1 { params.heads_kv } else { params.heads_q };
+        let heads = sequence_heads * params.batch;
+        Work { k, config, params, m_blocks, sequence_heads, heads, tiles: heads * m_blocks }
+    }
+
+    /// Rows that so many queries take: those of all packed heads.
+    pub fn rows(&self, queries: Reg<'k, u32>) -> Reg<'k, u32> {
+        if self.config.packed_heads > 1 { queries * self.config.packed_heads } else { queries }
+    }
+
+    /// Which query a row is.
+    pub fn query(&self, row: Reg<'k, u32>) -> Reg<'k, u32> {
+        if self.config.packed_heads > 1 { row / self.config.packed_heads } else { row }
+    }
+
+    /// Which query head a row of the tile belongs to.
+    pub fn head(&self, tile: &WorkTile<'k>, row: Reg<'k, u32>) -> Reg<'k, u32> {
+        let g = self.config.packed_heads;
+        if g > 1 { tile.head * g + row % g } else { tile.head }
+    }
+
+    /// The tile's KV head.
+    pub fn head_kv(&self, tile: &WorkTile<'k>) -> Reg<'k, u32> {
+        if self.config.packed_heads > 1 {
+            return tile.head;
+        }
+        tile.head / (self.params.heads_q / self.params.heads_kv)
     }
 
     /// The tile with this number: groups of heads, so that their K and V stay in L2; within a group the last rows of all
@@ -77,7 +107,7 @@ impl<'a, 'k> Work<'a, 'k> {
         let size = (self.heads - first).min(params.head_group);
         let m_block = self.m_blocks - 1 - inside / size;
         let head_and_batch = exists.select(first + inside % size, 0u32);
-        let (batch, head) = (head_and_batch / params.heads_q, head_and_batch % params.heads_q);
+        let (batch, head) = (head_and_batch / self.sequence_heads, head_and_batch % self.sequence_heads);
         let (mut lengths, mut rows) = ([params.seqlen_q, params.seqlen_k], [k.var(0u32), k.var(0u32)]);
         if let Some(cu_seqlens) = params.cu_seqlens {
             rows = cu_seqlens.map(|cu| batch.mad_wide(4, cu).address().load());
@@ -173,10 +203,12 @@ impl<'a, 'k> Work<'a, 'k> {
         let (tile_m, tile_n) = (config.tile_m(), config.tile_n);
         let signed = |r: Reg<'k, u32>| r.bits::<i32>();
         let first = m_block * tile_m;
-        let end = (first + tile_m).min(seqlen_q);
+        let rows = self.rows(seqlen_q);
+        let end = (first + tile_m).min(rows);
         // Of a sequence shorter than the longest some tiles have no rows.
-        let any = first.lt(seqlen_q);
-        let [first_diagonal, last_diagonal] = [first, end - 1].map(|row| signed(row + seqlen_k - seqlen_q));
+        let any = first.lt(rows);
+        let [first_diagonal, last_diagonal] =
+            [first, end - 1].map(|row| signed(self.query(row) + seqlen_k - seqlen_q));
         let blocks = |keys: Reg<'k, i32>| keys.max(0).bits::<u32>() / tile_n;
         let up = (tile_n - 1) as i32;
         let all = signed(seqlen_k);
@@ -196,7 +228,8 @@ impl<'a, 'k> Work<'a, 'k> {
 
     /// How many of the tile's blocks, from the right, `rows` of its rows from `row` on do not see; at least one is left.
     pub fn hidden(&self, tile: &WorkTile<'k>, band: &Band<'k>, row: Reg<'k, u32>, rows: u32) -> Reg<'k, u32> {
-        let end = (row + rows).min(tile.seqlen_q);
+        let end = (row + rows).min(self.rows(tile.seqlen_q));
+        let end = if self.config.packed_heads > 1 { self.query(end - 1) + 1 } else { end };
         let seen = (end + tile.seqlen_k - tile.seqlen_q).bits::<i32>();
         let seen = self.params.band[1].map_or(seen, |right| saturating_add(seen, right));
         let n_block_max = (seen.max(0).bits::<u32>() + (self.config.tile_n - 1)) / self.config.tile_n;
@@ -236,7 +269,13 @@ impl<'a, 'k> Work<'a, 'k> {
                 k.if_(!done, || {
                     let row = tile.q_row + tile.m_block * config.tile_m();
                     let to = shared.q + q_state.index * config.q().bytes();
-                    self.panels(config.q(), to, params.maps[0], [row, tile.head, self.batch(&tile)], full);
+                    let (head, batch) = (tile.head, self.batch(&tile));
+                    if config.packed_heads > 1 {
+                        let at = [k.var(0u32), self.query(row), head, batch];
+                        self.panels(config.q(), to, params.maps[0], at, full);
+                    } else {
+                        self.panels(config.q(), to, params.maps[0], [row, head, batch], full);
+                    }
                 });
                 q_state.advance();
             });
@@ -292,13 +331,13 @@ impl<'a, 'k> Work<'a, 'k> {
         k.for_(k.ctaid(0), self.tiles, k.nctaid(0), |number| {
             let tile = self.tile(number);
             let first = tile.m_block * config.tile_m();
-            let rows = tile.seqlen_q.min(first + config.tile_m());
+            let rows = self.rows(tile.seqlen_q).min(first + config.tile_m());
             k.if_(tile.blocks.eq(0) & first.lt(rows), || {
                 let [o, lse] = self.outputs(&tile);
                 let end = RowEnd::new(params, k.var(f32::NEG_INFINITY), k.var(0.0), self.sink(&tile));
                 k.for_(first, rows, 1u32, |row| {
-                    k.when(lane.eq(0), || (lse + row.to_u64() * 4).address().store(end.lse));
-                    let at = (o + (row.to_u64() * params.o_strides[1] + lane.to_u64()) * 2).address();
+                    k.when(lane.eq(0), || (lse + self.in_lse(row) * 4).address().store(end.lse));
+                    let at = (o + (self.in_o(row) + lane.to_u64()) * 2).address();
                     for i in 0..config.head_dim_v.div_ceil(32) {
                         let inside = (lane + 32 * i).lt(config.head_dim_v);
                         k.when(inside, || at.at(64 * i as i32).store(k.var(0u16)));
@@ -308,14 +347,36 @@ impl<'a, 'k> Work<'a, 'k> {
         });
     }
 
-    /// Where row 0 of the tile's sequence and head lies in o, and where in lse: bytes.
+    /// Where row 0 of the tile's sequence and head (the first of packed ones) lies in o, and where in lse: bytes.
     pub fn outputs(&self, tile: &WorkTile<'k>) -> [Reg<'k, u64>; 2] {
         let (params, batch) = (self.params, self.batch(tile).to_u64());
-        let (head, row) = (tile.head.to_u64(), tile.q_row.to_u64());
+        let (head, row) = (self.rows(tile.head).to_u64(), tile.q_row.to_u64());
         let [by_batch, by_row, by_head] = params.o_strides;
         let o = batch * by_batch + head * by_head + row * by_row;
         let lse = batch * params.lse_strides[0] + head * params.lse_strides[1] + row;
         [o * 2 + params.o, lse * 4 + params.lse]
+    }
+
+    /// How far a row's o lies from that of row 0, in elements.
+    pub fn in_o(&self, row: Reg<'k, u32>) -> Reg<'k, u64> {
+        let [_, by_row, by_head] = self.params.o_strides;
+        self.in_output(row, by_head, |query| query * by_row)
+    }
+
+    /// The same in lse.
+    pub fn in_lse(&self, row: Reg<'k, u32>) -> Reg<'k, u64> {
+        self.in_output(row, self.params.lse_strides[1], |query| query)
+    }
+
+    fn in_output(
+        &self,
+        row: Reg<'k, u32>,
+        by_head: Reg<'k, u64>,
+        by_query: impl Fn(Reg<'k, u64>) -> Reg<'k, u64>,
+    ) -> Reg<'k, u64> {
+        let query = by_query(self.query(row).to_u64());
+        let g = self.config.packed_heads;
+        if g > 1 { query + (row % g).to_u64() * by_head } else { query }
     }
 
     /// The sink logit of the tile's head, in base 2.
@@ -369,25 +430,26 @@ impl<'a, 'k> Work<'a, 'k> {
         let full = pipeline.full(state);
         full.arrive_expect_tx(self.k, layout.bytes());
         let row = tile.kv_row + n_block * self.config.tile_n;
-        let head_kv = tile.head / (self.params.heads_q / self.params.heads_kv);
+        let head_kv = self.head_kv(tile);
         self.panels(layout, to + state.index * layout.bytes(), map, [row, head_kv, self.batch(tile)], full);
         state.advance();
     }
 
-    /// Asks for all panels of a tile.
-    fn panels(
+    /// Asks for all panels of a tile; `at`: its coordinates but for the column.
+    fn panels<const N: usize>(
         &self,
         layout: TileLayout,
         to: Address<'k, u32>,
         map: Address<'k, u64>,
-        at: [Reg<'k, u32>; 3],
+        at: [Reg<'k, u32>; N],
         on: Mbarrier<'k>,
     ) {
-        let [row, head, batch] = at.map(|r| r.bits::<i32>());
+        let at = at.map(|r| r.bits::<i32>());
         for panel in 0..layout.panels() {
             let column = self.k.var((panel * layout.panel_columns()) as i32);
             let to = to.at((panel * layout.panel_bytes()) as i32);
-            self.k.tma_load(to, map, &[column, row, head, batch], on);
+            let at: Vec<_> = [column].into_iter().chain(at).collect();
+            self.k.tma_load(to, map, &at, on);
         }
     }
 }
