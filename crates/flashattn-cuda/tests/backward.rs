@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
-use emulated::{GRID, copy, failed, refused};
+use emulated::{GRID, copy, failed, refused, with_dropout};
 use flashattn_cuda::kernels::{BwdConfig, flash_bwd_sm90, flash_bwd_sm90_preprocess, flash_bwd_sm90_queries};
 use flashattn_cuda::plan::{Argument, BackwardPlan, Feature, GradStrides, GradTensor, PlanError, Strides};
 use flashattn_cuda::stage::{GradLayout, Location, StagedBackward};
@@ -252,16 +252,6 @@ fn random_cases_in_the_emulator() {
         random_cases(2027, 150).into_iter().filter(|case| case.backward).map(as_bf16).collect();
     assert!(!cases.is_empty());
     run(&Emulator::default(), &cases);
-}
-
-/// The corpus has dropout at one head dimension; its tiles differ by them.
-fn with_dropout(cases: Vec<Case>) -> impl Iterator<Item = Case> {
-    let cases = cases.into_iter().filter(|case| case.name.starts_with("head-dim/"));
-    cases.filter(|case| case.problem.dtype != DType::F32).map(|mut case| {
-        case.name += " with dropout";
-        case.problem.dropout = Some(Dropout { p: 0.3, seed: 1 << 40 | 11 });
-        case
-    })
 }
 
 #[test]

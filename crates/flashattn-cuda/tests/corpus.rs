@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex};
 
-use emulated::{GRID, copy, failed, refused};
+use emulated::{GRID, copy, failed, refused, with_dropout};
 use flashattn_cuda::config::{Extras, FORWARD_SM90, Tiles};
 use flashattn_cuda::kernels::{CopyConfig, FwdConfig, MaskKind, copy_rows, flash_fwd_sm90};
 use flashattn_cuda::plan::{Argument, Feature, ForwardPlan, PlanError, Strides, Tensor};
@@ -23,7 +23,7 @@ use flashattn_spec::suite::{
     Case, ExecError, Executor, InputKind, Place, Report, Runner, corpus, random_cases,
 };
 use flashattn_spec::{
-    AttentionProblem, DType, Dropout, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
+    AttentionProblem, DType, Element, GradInputs, Gradients, Inputs, Outputs, View, ViewMut,
 };
 use half::bf16;
 use ptx::Kernel;
@@ -483,16 +483,6 @@ fn broken_inputs_in_the_emulator() {
         case.input = InputKind::NotFinite(place);
     }
     only(&run(&Emulator::default(), &cases), &[Feature::HeadDim]);
-}
-
-/// The corpus has dropout at one head dimension; its tiles differ by them.
-fn with_dropout(cases: Vec<Case>) -> impl Iterator<Item = Case> {
-    let cases = cases.into_iter().filter(|case| case.name.starts_with("head-dim/"));
-    cases.filter(|case| case.problem.dtype != DType::F32).map(|mut case| {
-        case.name += " with dropout";
-        case.problem.dropout = Some(Dropout { p: 0.3, seed: 1 << 40 | 11 });
-        case
-    })
 }
 
 #[test]

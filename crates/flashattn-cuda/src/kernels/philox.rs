@@ -35,16 +35,19 @@ impl<'k> Dropout<'k> {
         Dropout { seed, threshold: k.param_u32("threshold"), keep_scale: k.param_f32("keep_scale") }
     }
 
-    /// Which of the keys `4·fourth .. 4·fourth + 4` a query keeps.
-    fn four(&self, place: &Place<'k>, q: Reg<'k, u32>, fourth: Reg<'k, u32>) -> [Reg<'k, bool>; 4] {
-        let counter = [fourth, q, place.head.bits(), place.batch.bits()];
-        philox4x32(counter, self.seed).map(|word| word.ge(self.threshold))
+    /// The random words of the keys `4·fourth .. 4·fourth + 4` and a query.
+    fn four(&self, place: &Place<'k>, q: Reg<'k, u32>, fourth: Reg<'k, u32>) -> [Reg<'k, u32>; 4] {
+        philox4x32([fourth, q, place.head.bits(), place.batch.bits()], self.seed)
+    }
+
+    /// Which of these keys the query keeps.
+    fn keeps_four(&self, place: &Place<'k>, q: Reg<'k, u32>, fourth: Reg<'k, u32>) -> [Reg<'k, bool>; 4] {
+        self.four(place, q, fourth).map(|word| word.ge(self.threshold))
     }
 
     /// Whether a query keeps a key.
     pub fn keeps(&self, place: &Place<'k>, q: Reg<'k, u32>, kv: Reg<'k, u32>) -> Reg<'k, bool> {
-        let counter = [kv >> 2, q, place.head.bits(), place.batch.bits()];
-        let [a, b, c, d] = philox4x32(counter, self.seed);
+        let [a, b, c, d] = self.four(place, q, kv >> 2);
         let odd = (kv & 1).ne(0);
         (kv & 2).ne(0).select(odd.select(d, c), odd.select(b, a)).ge(self.threshold)
     }
@@ -57,7 +60,7 @@ impl<'k> Dropout<'k> {
         self.words(kept, |own, eights| {
             for eight in eights.clone().step_by(2) {
                 for row in 0..2 {
-                    let kept = self.four(place, q + 8 * row, fourth + 2 * eight);
+                    let kept = self.keeps_four(place, q + 8 * row, fourth + 2 * eight);
                     let first = (eight - eights.start) * 4 + 2 * row;
                     set_bits(own, kept, [first, first + 1, first + 4, first + 5]);
                 }
@@ -74,7 +77,8 @@ impl<'k> Dropout<'k> {
         self.words(kept, |own, eights| {
             for eight in eights.clone() {
                 let first = (eight - eights.start) * 4;
-                set_bits(own, self.four(place, q + 8 * eight, fourth), [0, 1, 2, 3].map(|key| first + key));
+                let kept = self.keeps_four(place, q + 8 * eight, fourth);
+                set_bits(own, kept, [0, 1, 2, 3].map(|key| first + key));
             }
             exchange(exchange(own, 4, 1), 8, 2)
         });

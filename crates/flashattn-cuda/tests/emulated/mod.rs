@@ -3,7 +3,8 @@
 use flashattn_cuda::kernels::copy_rows;
 use flashattn_cuda::plan::PlanError;
 use flashattn_cuda::stage::Copy;
-use flashattn_spec::suite::ExecError;
+use flashattn_spec::suite::{Case, ExecError};
+use flashattn_spec::{DType, Dropout};
 use ptx::emulate::{Arg, Buffer, Launch, Memory, emulate};
 
 /// Blocks of a launch: more than one, so that work is shared out, and few, so that a block has several turns.
@@ -37,4 +38,14 @@ pub fn copy<T>(
     ptx::verify(&kernel).map_err(failed)?;
     emulate(&kernel, memory, &Launch { grid, args, ..Launch::default() }).map_err(failed)?;
     Ok(())
+}
+
+/// The corpus has dropout at one head dimension; its tiles differ by them.
+pub fn with_dropout(cases: Vec<Case>) -> impl Iterator<Item = Case> {
+    let cases = cases.into_iter().filter(|case| case.name.starts_with("head-dim/"));
+    cases.filter(|case| case.problem.dtype != DType::F32).map(|mut case| {
+        case.name += " with dropout";
+        case.problem.dropout = Some(Dropout { p: 0.3, seed: 1 << 40 | 11 });
+        case
+    })
 }
