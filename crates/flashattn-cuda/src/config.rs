@@ -248,10 +248,10 @@ pub fn head_group(bytes: u64, group: u64, masked: bool) -> u64 {
     (1 << heads.ilog2()) * group
 }
 
-/// The same for the backward pass: (KV head, sequence) pairs, of `bytes` of queries and gradients of o each. Without a mask one
-/// after the other is fastest.
-pub fn backward_head_group(bytes: u64, masked: bool) -> u64 {
-    let heads = if masked { ((32 << 20) / bytes.max(1)).clamp(2, 16) } else { 1 };
+/// The same for the backward pass: (KV head, sequence) pairs of so many `items` each. Without a mask one after the other is fastest;
+/// under one there should be a few items for each multiprocessor, and no more heads than that takes.
+pub fn backward_head_group(items: usize, masked: bool) -> usize {
+    let heads = if masked { (512 / items.max(1)).clamp(2, 16) } else { 1 };
     1 << heads.ilog2()
 }
 
@@ -298,9 +298,9 @@ mod tests {
 
     #[test]
     fn groups_of_the_backward_pass_are_few() {
-        let groups = [4 << 20, 8 << 20, 16 << 20, 1 << 40, 0].map(|bytes| backward_head_group(bytes, true));
-        assert_eq!(groups, [8, 4, 2, 2, 16]);
-        assert_eq!(backward_head_group(4 << 20, false), 1);
+        let groups = [16, 64, 100, 128, 1024, 0].map(|items| backward_head_group(items, true));
+        assert_eq!(groups, [16, 8, 4, 4, 2, 16]);
+        assert_eq!(backward_head_group(64, false), 1);
     }
 
     #[test]

@@ -281,10 +281,10 @@ impl BackwardPlan {
 
     /// Lengths, heads and the scale.
     fn sizes(&mut self, p: &AttentionProblem) {
-        let head_bytes = p.seqlen_q as u64 * (p.head_dim + p.head_dim_v) as u64 * 2 * p.group() as u64;
-        let pairs = (p.heads_kv * p.batch) as u64;
+        let items = p.seqlen_k.div_ceil(self.config.tile_n() as usize);
+        let pairs = p.heads_kv * p.batch;
         let masked = self.config.mask != MaskKind::Band { left: false, right: false };
-        let head_group = config::backward_head_group(head_bytes, masked).min(pairs.max(1)) as usize;
+        let head_group = config::backward_head_group(items, masked).min(pairs.max(1));
         let tiles = tiles(p, &self.config);
         let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group, tiles];
         // They fit: validated to be below 2³⁰, and the pairs are at most the items.
