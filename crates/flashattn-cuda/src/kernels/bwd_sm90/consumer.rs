@@ -31,6 +31,13 @@ pub(super) struct About<'k> {
     tile: Reg<'k, u32>,
 }
 
+/// What is asked for of a block before it is needed.
+struct Stats<'k> {
+    minus_lse: Vec<[Reg<'k, f32>; 2]>,
+    delta: Vec<[Reg<'k, f32>; 2]>,
+    partial: Reg<'k, bool>,
+}
+
 /// A consumer warpgroup: its place and its operands.
 pub(super) struct Consumer<'a, 'k, H> {
     pub k: &'k Builder,
@@ -56,6 +63,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub dk: Fragment<'k>,
     pub dv: Fragment<'k>,
     dq: Fragment<'k>,
+    /// Where dQ' that lies in shared memory is still to be added; 0: nowhere.
+    put: Reg<'k, u64>,
 }
 
 impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
@@ -86,20 +95,33 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             dk: Fragment::new(k, config.dk_columns()),
             dv: Fragment::new(k, config.dv_columns()),
             dq: Fragment::new(k, if config.own_dq { 0 } else { config.dq_columns() }),
+            put: k.var(0u64),
         }
     }
 
     /// The algorithm.
     pub fn run(&self) {
         let (k, shared) = (self.k, self.shared);
-        // Of one stage only the phase changes.
-        let (k_state, v_state) = (shared.k_pipeline.start(k), shared.v_pipeline.start(k));
+        // Of one stage only the phase changes, which the producer tells.
+        let kv_state = shared.k_pipeline.start(k);
         let state = shared.q_pipeline.start(k);
         // Both pipelines of queries walk in step, if they have as many stages.
         let own = (self.config.do_stages != self.config.stages).then(|| shared.do_pipeline.start(k));
         let do_state = own.unwrap_or(state);
         let stage = k.var(0u32);
-        let block = Block { stage, do_stage: own.map_or(stage, |own| own.index) };
+        let block = Block { stage, do_stage: own.map_or(stage, |_| k.var(0u32)) };
+        let begin = || {
+            block.stage.set(state.index);
+            if let Some(own) = own {
+                block.do_stage.set(own.index);
+            }
+        };
+        let advance = || {
+            state.advance();
+            if let Some(own) = own {
+                own.advance();
+            }
+        };
         let products = |next: Option<Block<'k>>| {
             if !self.keeps_scores() {
                 k.bar_sync(self.scores_barrier(&block, self.group), 128 * CONSUMERS);
@@ -120,10 +142,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             }
             k.wgmma_wait(1);
             shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
-            if let Some(own) = own {
-                own.advance();
-            }
-            self.add_dq(&block);
+            self.put_dq(self.about(&block).tile);
             k.wgmma_wait(0);
             shared.q_pipeline.consumer_release(k, block.stage, self.lane);
         };
@@ -139,15 +158,22 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.scores(state.index);
             k.wgmma_commit();
             self.keep(&Block { stage: state.index, ..block });
-            shared.v_pipeline.consumer_wait(k, v_state);
+            shared.v_pipeline.consumer_wait(k, kv_state);
             k.loop_(|| {
-                block.stage.set(state.index);
+                begin();
+                // Asked for ahead of the products, which keep shared memory busy, where there are registers.
+                let few = self.config.split == Split::Columns && !self.config.programs();
+                let stats = few.then(|| Stats {
+                    minus_lse: self.all(self.minus_lse(&block)),
+                    delta: self.all(self.delta(&block)),
+                    partial: self.about(&block).partial,
+                });
                 shared.do_pipeline.consumer_wait(k, do_state);
                 k.wgmma_fence();
                 self.d_probabilities(&block);
                 k.wgmma_commit();
-                self.gradients_of_scores(&block);
-                state.advance();
+                self.gradients_of_scores(&block, stats);
+                advance();
                 left.set(left - 1);
                 k.break_if(left.eq(0));
                 shared.q_pipeline.consumer_wait(k, state);
@@ -162,7 +188,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             });
             values();
             k.wgmma_wait(0);
-            shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+            shared.v_pipeline.consumer_release(k, kv_state.index, self.lane);
             products(None);
         };
         k.loop_(|| {
@@ -174,28 +200,29 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             }
             let left = k.var(item.blocks);
             k.if_(left.ne(0), || {
-                shared.k_pipeline.consumer_wait(k, k_state);
+                kv_state.phase.set(item.round);
+                shared.k_pipeline.consumer_wait(k, kv_state);
                 if self.in_order() {
-                    shared.v_pipeline.consumer_wait(k, v_state);
+                    shared.v_pipeline.consumer_wait(k, kv_state);
                     k.loop_(|| {
-                        block.stage.set(state.index);
+                        begin();
                         self.block_in_order(&block, state, do_state);
-                        state.advance();
-                        if let Some(own) = own {
-                            own.advance();
-                        }
+                        advance();
                         left.set(left - 1);
                         k.break_if(left.eq(0));
                     });
-                    shared.v_pipeline.consumer_release(k, v_state.index, self.lane);
+                    shared.v_pipeline.consumer_release(k, kv_state.index, self.lane);
                 } else {
                     ahead(left);
                 }
-                shared.k_pipeline.consumer_release(k, k_state.index, self.lane);
-                k_state.phase.set(k_state.phase ^ 1);
-                v_state.phase.set(v_state.phase ^ 1);
+                shared.k_pipeline.consumer_release(k, kv_state.index, self.lane);
             });
-            self.finish_adding();
+            if !self.config.own_dq {
+                k.fence_proxy_async();
+                self.add_dq();
+                self.finish_adding();
+                self.put.set(0u64);
+            }
             let item = self.item();
             k.sync_warp();
             shared.item_pipeline.consumer_release(k, self.item.index, self.lane);
@@ -209,7 +236,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn in_order(&self) -> bool {
         let config = self.config;
         let plain = !config.programs() && !config.dropout;
-        config.split == Split::Keys && config.tile_m == 64 && !config.own_dq && plain && self.has_room()
+        config.split == Split::Keys && plain && self.has_room()
     }
 
     /// Whether there are registers for dS as an operand beside all else.
@@ -222,6 +249,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn block_in_order(&self, block: &Block<'k>, q_state: PipelineState<'k>, do_state: PipelineState<'k>) {
         let (k, shared) = (self.k, self.shared);
         shared.q_pipeline.consumer_wait(k, q_state);
+        // Asked for ahead of the products, which keep shared memory busy, where there are registers.
+        let few = self.config.tile_m == 64;
+        let minus_lse = few.then(|| self.all(self.minus_lse(block)));
+        let About { tile, partial, .. } = self.about(block);
         k.wgmma_fence();
         self.scores(q_state.index);
         k.wgmma_commit();
@@ -230,30 +261,47 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         self.d_probabilities(block);
         k.wgmma_commit();
         k.wgmma_wait(1);
-        self.probabilities(block);
+        match minus_lse {
+            Some(minus_lse) => self.probabilities(|j| minus_lse[j]),
+            None => self.probabilities(self.minus_lse(block)),
+        }
+        let delta = few.then(|| self.all(self.delta(block)));
         k.wgmma_wait(0);
-        self.d_scores(block);
-        self.store(&self.ds, shared.ds + block.do_stage * self.config.scores().bytes());
+        match delta {
+            Some(delta) => self.d_scores(|j| delta[j]),
+            None => self.d_scores(self.delta(block)),
+        }
+        self.hide_all(block, partial, &[&self.s, &self.dp]);
+        self.pack(&self.dp, &self.ds);
+        let alone = self.keeps_scores();
+        if !alone {
+            self.store(&self.ds, shared.ds + block.do_stage * self.config.scores().bytes());
+        }
         self.pack_and_issue_values(block);
-        k.fence_proxy_async();
-        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
-        k.bar_sync(self.scores_barrier(block, self.group), 128 * CONSUMERS);
-        k.wgmma_fence();
-        self.d_queries(block);
-        k.wgmma_commit();
-        k.wgmma_wait(1);
-        shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
-        k.wgmma_fence();
+        if !alone {
+            self.tell_scores(block);
+            k.bar_sync(self.scores_barrier(block, self.group), 128 * CONSUMERS);
+            k.wgmma_fence();
+            self.d_queries(block);
+            k.wgmma_commit();
+            k.wgmma_wait(1);
+            shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
+            k.wgmma_fence();
+        }
         self.d_keys(block);
         k.wgmma_commit();
         k.wgmma_wait(1);
-        self.add_dq(block);
+        if alone {
+            shared.do_pipeline.consumer_release(k, block.do_stage, self.lane);
+        } else {
+            self.put_dq(tile);
+        }
         k.wgmma_wait(0);
         shared.q_pipeline.consumer_release(k, block.stage, self.lane);
     }
 
     /// P and dS as operands, and both where the products need them. On entry S and dP are in flight, the older first.
-    fn gradients_of_scores(&self, block: &Block<'k>) {
+    fn gradients_of_scores(&self, block: &Block<'k>, stats: Option<Stats<'k>>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
         let at = block.do_stage * config.scores().bytes();
         if config.programs() {
@@ -261,16 +309,28 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.elements(block);
         } else if self.values_early() {
             k.wgmma_wait(1);
-            self.probabilities(block);
+            self.probabilities(self.minus_lse(block));
+            self.hide_all(block, self.about(block).partial, &[&self.s]);
             self.pack_and_issue_values(block);
             k.wgmma_wait(1);
-            self.d_scores(block);
+            self.d_scores(self.delta(block));
+            self.hide_all(block, self.about(block).partial, &[&self.dp]);
         } else {
             k.wgmma_wait(1);
-            self.probabilities(block);
-            k.wgmma_wait(0);
-            self.d_scores(block);
+            let partial = if let Some(Stats { minus_lse, delta, partial }) = stats {
+                self.probabilities(|j| minus_lse[j]);
+                k.wgmma_wait(0);
+                self.d_scores(|j| delta[j]);
+                partial
+            } else {
+                self.probabilities(self.minus_lse(block));
+                k.wgmma_wait(0);
+                self.d_scores(self.delta(block));
+                self.about(block).partial
+            };
+            self.hide_all(block, partial, &[&self.s, &self.dp]);
         }
+        self.pack(&self.dp, &self.ds);
         if self.keeps_scores() {
             return;
         }
@@ -279,16 +339,23 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.pack(&self.s, &self.p);
             self.store(&self.p, shared.p + at);
         }
-        k.fence_proxy_async();
-        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+        self.tell_scores(block);
     }
 
-    /// Whether dK takes dS from registers, where there are enough: shared memory has more to do than the tensor cores. Not with
-    /// dropout, whose random words need them at the same time.
+    /// Says that dS is there, and whatever else products read. What was put of the block before is there too, as the fence is the same:
+    /// one of its own would wait for it longer than dK takes.
+    fn tell_scores(&self, block: &Block<'k>) {
+        let k = self.k;
+        k.fence_proxy_async();
+        k.bar_arrive(self.scores_barrier(block, self.group ^ 1), 128 * CONSUMERS);
+        if !self.config.own_dq {
+            self.add_dq();
+        }
+    }
+
+    /// Whether dK takes dS from registers.
     fn dk_from_registers(&self) -> bool {
-        let config = self.config;
-        let square = config.split == Split::Keys && config.tile_m == 128 && !config.dropout;
-        self.keeps_scores() || self.in_order() || square && self.has_room()
+        self.keeps_scores() || self.in_order()
     }
 
     /// Whether no product of a warpgroup needs the other's dS, so that it stays in registers.
@@ -399,8 +466,9 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let (k, config) = (self.k, self.config);
         match config.split {
             Split::Keys if std::ptr::eq(d, &self.dk) && !self.dk_from_registers() => {
-                let (a, b) = (config.scores().k_major(self.own_rows(tile)), rows.1.mn_major(rows.0));
-                self.product(d, a, b, [false, true], config.tile_m / 16, false);
+                let own = tile + self.group * config.scores().panel_bytes();
+                let (a, b) = (config.scores().mn_major(own), rows.1.mn_major(rows.0));
+                self.product(d, a, b, [true, true], config.tile_m / 16, false);
             }
             Split::Keys => {
                 let (b, shape) = (rows.1.mn_major(rows.0), config.shape(d.columns(), false, true));
@@ -437,40 +505,51 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let (config, shared, layout) = (self.config, self.shared, self.config.scores());
         let ds = shared.ds + block.do_stage * layout.bytes();
         let (a, b, steps) = match config.dq_part() {
-            DqPart::Queries => (ds + self.group * layout.panel_bytes(), shared.k, config.tile_n() / 16),
+            DqPart::Queries => (ds + self.group * (64 * 128), shared.k, config.tile_n() / 16),
             DqPart::Columns => (ds, self.half_columns(shared.k, &config.k()), config.tile_n() / 16),
-            DqPart::Keys => (self.own_rows(ds), self.own_rows(shared.k), 4),
+            DqPart::Keys => (ds + self.group * layout.panel_bytes(), self.own_rows(shared.k), 4),
         };
-        let (a, b) = (layout.mn_major(a), config.k().mn_major(b));
-        self.product(&self.dq, a, b, [true, true], steps, true);
+        let transposed = config.split == Split::Columns;
+        let a = if transposed { layout.mn_major(a) } else { layout.k_major(a) };
+        self.product(&self.dq, a, config.k().mn_major(b), [transposed, true], steps, true);
     }
 
-    /// Adds the warp's dQ' to the sums in global memory, if that is where it goes.
-    fn add_dq(&self, block: &Block<'k>) {
-        let (k, config, shared) = (self.k, self.config, self.shared);
+    /// Puts the warp's dQ' of a tile into shared memory, if it is added up.
+    fn put_dq(&self, tile: Reg<'k, u32>) {
+        let (k, config) = (self.k, self.config);
         let Some(sums) = self.params.dq_sums else { return };
         let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
-        let (bytes, warp) = (config.dq_warp_bytes(), (k.tid(0) >> 5) & 3);
-        let tile = self.about(block).tile.mad_wide(config.dq_sum_bytes(), sums);
-        let to = tile + ((part * 4 + warp) * bytes).to_u64();
-        let (lane_16, one) = (self.lane * 16, self.lane.eq(0));
-        let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
-        let from = shared.dq + (self.group * 4 + warp) * bytes;
+        let warp = (part * 4 + self.warp()) * config.dq_warp_bytes();
+        self.put.set(tile.mad_wide(config.dq_sum_bytes(), sums) + warp.to_u64());
+        let to = self.dq_place() + self.lane * 16;
         self.finish_adding();
         k.sync_warp();
-        fours.for_each(|(j, four)| (from + lane_16).at(32 * 16 * j as i32).store_vec(*four));
-        k.fence_proxy_async();
+        let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
+        fours.for_each(|(j, four)| to.at(32 * 16 * j as i32).store_vec(*four));
+    }
+
+    /// Adds what lies there to the sums in global memory. Each thread has passed a fence since it put its part.
+    fn add_dq(&self) {
+        let k = self.k;
         k.sync_warp();
-        k.if_(one, || {
-            k.bulk_reduce_add_f32(to.address(), from, bytes);
+        k.if_(self.lane.eq(0) & self.put.ne(0), || {
+            k.bulk_reduce_add_f32(self.put.address(), self.dq_place(), self.config.dq_warp_bytes());
             k.bulk_commit();
         });
     }
 
+    /// The warp's place for dQ' in shared memory.
+    fn dq_place(&self) -> Address<'k, u32> {
+        self.shared.dq + (self.group * 4 + self.warp()) * self.config.dq_warp_bytes()
+    }
+
+    /// Which warp of its warpgroup.
+    fn warp(&self) -> Reg<'k, u32> {
+        (self.k.tid(0) >> 5) & 3
+    }
+
     /// Waits for the reduction of the block before, if it is on its way, to let go of shared memory.
     fn finish_adding(&self) {
-        if !self.config.own_dq {
-            self.k.when(self.lane.eq(0), || self.k.bulk_wait(0, true));
-        }
+        self.k.when(self.lane.eq(0), || self.k.bulk_wait(0, true));
     }
 }

@@ -3,7 +3,7 @@
 use std::f32::consts::LOG2_E;
 
 use ptx::Fragment;
-use ptx::build::{Builder, Half, Reg};
+use ptx::build::{Address, Builder, Half, Reg};
 
 use super::consumer::{Block, Consumer};
 use super::work::{Sequence, Work};
@@ -112,16 +112,32 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
     }
 
-    /// S to P.
-    pub(super) fn probabilities(&self, block: &Block<'k>) {
-        let (k, scale, stats) = (self.k, self.params.scale * LOG2_E, self.stats(block));
+    /// −lse of the thread's rows of a block, in base 2: two of each eight.
+    pub(super) fn minus_lse(&self, block: &Block<'k>) -> impl Fn(usize) -> [Reg<'k, f32>; 2] {
+        let stats = self.stats(block);
+        move |eight| stats.at(32 * eight as i32).load_vec()
+    }
+
+    /// D of these rows.
+    pub(super) fn delta(&self, block: &Block<'k>) -> impl Fn(usize) -> [Reg<'k, f32>; 2] {
+        let stats = self.stats(block).at(4 * self.config.tile_m as i32);
+        move |eight| stats.at(32 * eight as i32).load_vec()
+    }
+
+    /// Those of all eights.
+    pub(super) fn all(&self, stats: impl Fn(usize) -> [Reg<'k, f32>; 2]) -> Vec<[Reg<'k, f32>; 2]> {
+        (0..self.s.registers.len() / 4).map(stats).collect()
+    }
+
+    /// S to P, as if every row saw every key.
+    pub(super) fn probabilities(&self, minus_lse: impl Fn(usize) -> [Reg<'k, f32>; 2]) {
+        let scale = self.params.scale * LOG2_E;
         for (j, s) in self.s.registers.chunks(4).enumerate() {
-            let minus_lse = stats.at(32 * j as i32).load_vec::<f32, 2>();
+            let minus_lse = minus_lse(j);
             for (i, &s) in s.iter().enumerate() {
                 s.set(s.fma(scale, minus_lse[i % 2]).exp2());
             }
         }
-        k.if_(self.about(block).partial, || self.hide(&self.here(block), &self.s, 0.0));
     }
 
     /// What dropout keeps of a block, which needs nothing of its scores.
@@ -132,11 +148,10 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
     }
 
-    /// dP to dS, rounded as an operand; and P to what dropout keeps of it.
-    pub(super) fn d_scores(&self, block: &Block<'k>) {
-        let (k, stats) = (self.k, self.stats(block).at(4 * self.config.tile_m as i32));
+    /// dP to dS, and P to what dropout keeps of it.
+    pub(super) fn d_scores(&self, delta: impl Fn(usize) -> [Reg<'k, f32>; 2]) {
         for (j, (p, dp)) in self.s.registers.chunks(4).zip(self.dp.registers.chunks(4)).enumerate() {
-            let delta = stats.at(32 * j as i32).load_vec::<f32, 2>();
+            let delta = delta(j);
             for (i, (&p, &dp)) in p.iter().zip(dp).enumerate() {
                 if self.config.dropout {
                     // kept ∘ P ∘ dP − P ∘ D, each in its place: there are no registers for more.
@@ -148,8 +163,15 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
                 }
             }
         }
-        k.if_(self.about(block).partial, || self.hide(&self.here(block), &self.dp, 0.0));
-        self.pack(&self.dp, &self.ds);
+    }
+
+    /// Zero where a row does not see the key. After all that is computed of a block, so that ptxas finds no branch among exponentials and
+    /// the rest, which take turns then.
+    pub(super) fn hide_all(&self, block: &Block<'k>, partial: Reg<'k, bool>, fragments: &[&Fragment<'k>]) {
+        self.k.if_(partial, || {
+            let here = self.here(block);
+            fragments.iter().for_each(|fragment| self.hide(&here, fragment, 0.0));
+        });
     }
 
     /// Rounds a fragment to an operand.
@@ -233,22 +255,28 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
             dp.set(terms.dx);
         });
         sums.finish();
-        self.pack(&self.dp, &self.ds);
     }
 
-    /// Stores an operand to shared memory: the warpgroup's part of Pᵀ or dSᵀ.
-    pub(super) fn store(&self, operand: &[[Reg<'k, H>; 4]], tile: ptx::Address<'k, u32>) {
-        // stmatrix takes 16 rows × 16 columns of a warp: lane l gives the address of row l % 16, columns 8·(l / 16).
+    /// Stores an operand to shared memory: the warpgroup's part of Pᵀ or dSᵀ, or of dS with [`Split::Keys`].
+    pub(super) fn store(&self, operand: &[[Reg<'k, H>; 4]], tile: Address<'k, u32>) {
         let (k, layout, lane) = (self.k, self.config.scores(), self.lane);
-        let keys = if self.config.split == Split::Keys { self.group * 64 } else { k.var(0u32) };
-        let row = tile + (keys + ((k.tid(0) >> 5) & 3) * 16 + (lane & 15)) * 128;
-        // Half of a panel's columns begin at its fifth chunk.
-        let first = if self.config.split == Split::Columns { self.group * 4 } else { k.var(0u32) };
-        let chunk = (((lane >> 4) + first) ^ (lane & 7)) << 4;
+        let warp = (k.tid(0) >> 5) & 3;
+        if self.config.split == Split::Keys {
+            // Each 8 × 8 matrix transposed: lane l gives the address of query l % 8 of matrix l / 8, of which odd ones have the second
+            // eight of the warp's keys and the last two the second eight of sixteen queries.
+            let row = tile + (self.group * layout.panel_bytes() + ((lane >> 4) * 8 + (lane & 7)) * 128);
+            let at = row + (((warp * 2 + ((lane >> 3) & 1)) ^ (lane & 7)) << 4);
+            for (step, &matrices) in operand.iter().enumerate() {
+                k.stmatrix_x4(at.at(16 * 128 * step as i32), matrices, true);
+            }
+            return;
+        }
+        // stmatrix takes 16 rows × 16 columns of a warp: lane l gives the address of row l % 16, columns 8·(l / 16). Half of a panel's
+        // columns begin at its fifth chunk.
+        let row = tile + (warp * 16 + (lane & 15)) * 128;
+        let chunk = (((lane >> 4) + self.group * 4) ^ (lane & 7)) << 4;
         for (step, &matrices) in operand.iter().enumerate() {
-            let (panel, inside) = (step as u32 / 4, step as u32 % 4);
-            let at = row + (chunk ^ (inside * 32));
-            k.stmatrix_x4(at.at((panel * layout.panel_bytes()) as i32), matrices, false);
+            k.stmatrix_x4(row + (chunk ^ (step as u32 * 32)), matrices, false);
         }
     }
 }

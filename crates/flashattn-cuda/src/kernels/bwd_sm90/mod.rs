@@ -8,9 +8,9 @@
 //!   producers (two threads):  K, V; then for each query head of the group, for each m_block that sees the keys:
 //!                             Q with its stats, and dO, each into stages of its own
 //!   consumers (two warpgroups), for each of these:
-//!       Sᵀ = K·Qᵀ                               (issued while the m_block before was at its dQ and dK; but see 1)
+//!       Sᵀ = K·Qᵀ                               (for when, see 1)
 //!       dPᵀ = V·dOᵀ;  Pᵀ = exp2(scale·Sᵀ − lse) meanwhile
-//!       dV += Pᵀ·dO;  dSᵀ = Pᵀ ∘ (dPᵀ − D) meanwhile, to shared memory for both
+//!       dV += Pᵀ·dO;  dSᵀ = Pᵀ ∘ (dPᵀ − D), to shared memory for both
 //!       dQ' += dS·K, added to global memory in f32;  dK += dSᵀ·Q
 //!     dK·scale, dV
 //! postprocess, a block for each (m_block, head, batch):  dQ = scale·dQ'
@@ -21,11 +21,11 @@
 //! the result shall not depend on it, in sums that do not round (`superaccumulator.rs`), which that kernel rounds first.
 //!
 //! Departures from FlashAttention-3, and why:
-//! 1. *The next block's scores are issued before this block's dQ and dK*, so that there are products to work on while the
-//!    warpgroups wait for each other's dS; except at head_dim 72 to 128 where FlashAttention-3's order leaves registers for dS as
-//!    dK's operand (`Consumer::in_order`).
+//! 1. *The next block's scores are issued before this block's dQ and dK* where it has to read dS from shared memory for dK, so that
+//!    there are products to work on while the warpgroups wait for each other's dS. FlashAttention-3's order, in which dS stays in
+//!    registers, is faster where there are enough (`Consumer::in_order`).
 //! 2. *Each warp adds its own 16 rows of dQ'* by one bulk reduction from shared memory: its layout is our own, that of the
-//!    accumulator's fragments, so that no warp waits for another.
+//!    accumulator's fragments, so that no warp waits for another. It does so after the next block's dS, whose fence it shares.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
 //!    deterministic.
 //! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
@@ -186,9 +186,12 @@ impl BwdConfig {
         self.layout(self.tile_m, self.head_dim_v, self.split == Split::Columns)
     }
 
-    /// Pᵀ and dSᵀ.
+    /// Pᵀ and dSᵀ; or dS alone with [`Split::Keys`]: dQ's product takes it as it lies, which is faster than transposed.
     fn scores(&self) -> TileLayout {
-        TileLayout::new(self.tile_n(), self.tile_m, self.element)
+        match self.split {
+            Split::Keys => TileLayout::new(self.tile_m, self.tile_n(), self.element),
+            Split::Columns => TileLayout::new(self.tile_n(), self.tile_m, self.element),
+        }
     }
 
     /// Columns of a warpgroup's Sᵀ and dPᵀ, of its dK, dV and dQ.

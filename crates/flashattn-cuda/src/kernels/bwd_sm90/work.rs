@@ -26,6 +26,8 @@ pub(super) struct WorkItem<'k> {
     pub head_kv: Reg<'k, u32>,
     pub batch: Reg<'k, u32>,
     pub sequence: Sequence<'k>,
+    /// Parity of the round of K and V. Consumers have no register to count it in.
+    pub round: Reg<'k, u32>,
 }
 
 /// What a producer loads.
@@ -137,9 +139,9 @@ impl<'a, 'k> Work<'a, 'k> {
         head * self.params.tiles + sequence.tile + m_block
     }
 
-    /// The item with this number: groups of heads, so that their Q and dO stay in L2; within a group the first keys of all
+    /// The item with this number, in this round of K and V: groups of heads, so that their Q and dO stay in L2; within a group the first keys of all
     /// its heads first, as those are seen by the most queries under a causal mask.
-    fn item(&self, number: Reg<'k, u32>) -> WorkItem<'k> {
+    fn item(&self, number: Reg<'k, u32>, round: Reg<'k, u32>) -> WorkItem<'k> {
         let params = self.params;
         let (heads, n_blocks) = (params.heads_kv * params.batch, self.n_blocks());
         let exists = number.lt(heads * n_blocks);
@@ -158,6 +160,7 @@ impl<'a, 'k> Work<'a, 'k> {
             head_kv,
             batch,
             sequence,
+            round,
         };
         self.k.if_(exists, || {
             let blocks = item.blocks;
@@ -253,6 +256,7 @@ impl<'a, 'k> Work<'a, 'k> {
         let (s, at) = (&item.sequence, shared.item + slot * Shared::ITEM_BYTES);
         at.store_vec([item.exists, item.blocks, item.n_block, item.head_kv]);
         at.at(16).store_vec([item.batch, s.tile]);
+        at.at(24).store(item.round);
         if self.config.varlen {
             at.at(32).store_vec([s.seqlen_q, s.seqlen_k, s.q_row, s.kv_row]);
         }
@@ -263,6 +267,7 @@ impl<'a, 'k> Work<'a, 'k> {
         let at = shared.item + slot * Shared::ITEM_BYTES;
         let [exists, blocks, n_block, head_kv] = at.load_vec::<u32, 4>();
         let [batch, tile] = at.at(16).load_vec::<u32, 2>();
+        let round = at.at(24).load();
         let [seqlen_q, seqlen_k, q_row, kv_row] = if self.config.varlen {
             at.at(32).load_vec::<u32, 4>()
         } else {
@@ -270,7 +275,7 @@ impl<'a, 'k> Work<'a, 'k> {
             [self.params.seqlen_q, self.params.seqlen_k, zero, zero]
         };
         let sequence = Sequence { seqlen_q, seqlen_k, q_row, kv_row, tile };
-        WorkItem { exists, blocks, n_block, head_kv, batch, sequence }
+        WorkItem { exists, blocks, n_block, head_kv, batch, sequence, round }
     }
 
     /// A producer, one thread. The first takes items, tells the others, and loads K and Q with the stats; the second, of
@@ -294,7 +299,7 @@ impl<'a, 'k> Work<'a, 'k> {
         let next = (what == Loads::Queries).then(|| k.var(self.take(self.items())));
         k.loop_(|| {
             let taken = next.map(|next| {
-                let item = self.item(next);
+                let item = self.item(next, once_state.phase);
                 // Asked for now, so that it is there when this item has been loaded.
                 k.if_(item.exists.ne(0), || next.set(self.take(self.items())));
                 item
