@@ -116,6 +116,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 block.do_stage.set(own.index);
             }
         };
+        // Both at once, where ptxas sees that all threads do the same: between products it does not, and takes all that depends on a stage,
+        // descriptors above all, through vector registers.
         let advance = || {
             state.advance();
             if let Some(own) = own {
