@@ -3,6 +3,7 @@
 use ptx::build::{Address, Builder, Half, Reg};
 use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
+use super::elements::Statistics;
 use super::work::{Work, WorkItem};
 use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
 use crate::kernels::philox::Kept;
@@ -31,11 +32,12 @@ pub(super) struct About<'k> {
     tile: Reg<'k, u32>,
 }
 
-/// What is asked for of a block before it is needed.
-struct Stats<'k> {
-    minus_lse: Vec<[Reg<'k, f32>; 2]>,
-    delta: Vec<[Reg<'k, f32>; 2]>,
-    partial: Reg<'k, bool>,
+/// What is asked for of a block ahead of its products, which keep shared memory busy: where there are registers for it.
+#[derive(Default)]
+struct Early<'k> {
+    minus_lse: Option<Statistics<'k>>,
+    delta: Option<Statistics<'k>>,
+    partial: Option<Reg<'k, bool>>,
 }
 
 /// A consumer warpgroup: its place and its operands.
@@ -116,8 +118,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 block.do_stage.set(own.index);
             }
         };
-        // Both at once, where ptxas sees that all threads do the same: between products it does not, and takes all that depends on a stage,
-        // descriptors above all, through vector registers.
+        // Both at once, where ptxas sees that all threads do the same: between products it does not, and takes all that depends on
+        // a stage, descriptors above all, through vector registers.
         let advance = || {
             state.advance();
             if let Some(own) = own {
@@ -163,18 +165,20 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             shared.v_pipeline.consumer_wait(k, kv_state);
             k.loop_(|| {
                 begin();
-                // Asked for ahead of the products, which keep shared memory busy, where there are registers.
-                let few = self.config.split == Split::Columns && !self.config.programs();
-                let stats = few.then(|| Stats {
-                    minus_lse: self.all(self.minus_lse(&block)),
-                    delta: self.all(self.delta(&block)),
-                    partial: self.about(&block).partial,
-                });
+                let early = if self.config.split == Split::Columns && !self.config.programs() {
+                    Early {
+                        minus_lse: Some(self.all(self.minus_lse(&block))),
+                        delta: Some(self.all(self.delta(&block))),
+                        partial: Some(self.about(&block).partial),
+                    }
+                } else {
+                    Early::default()
+                };
                 shared.do_pipeline.consumer_wait(k, do_state);
                 k.wgmma_fence();
                 self.d_probabilities(&block);
                 k.wgmma_commit();
-                self.gradients_of_scores(&block, stats);
+                self.gradients_of_scores(&block, early);
                 advance();
                 left.set(left - 1);
                 k.break_if(left.eq(0));
@@ -234,24 +238,19 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Whether a block's products follow one after the other, none of the next block's among them: that leaves registers for dS, so
-    /// that dK does not read it from shared memory. Not with dropout, whose words are computed beside the products of two blocks.
+    /// that dK does not read it from shared memory. Odd dimensions and busy producers leave too few. Not with dropout, whose words are
+    /// computed beside the products of two blocks.
     fn in_order(&self) -> bool {
         let config = self.config;
-        let plain = !config.programs() && !config.dropout;
-        config.split == Split::Keys && plain && self.has_room()
-    }
-
-    /// Whether there are registers for dS as an operand beside all else.
-    fn has_room(&self) -> bool {
-        let config = self.config;
-        !config.busy_producers() && [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0)
+        let whole = [config.head_dim, config.head_dim_v].iter().all(|dim| dim % 8 == 0);
+        config.split == Split::Keys && whole && !config.busy_producers() && !config.dropout
     }
 
     /// A block in that order.
     fn block_in_order(&self, block: &Block<'k>, q_state: PipelineState<'k>, do_state: PipelineState<'k>) {
         let (k, shared) = (self.k, self.shared);
         shared.q_pipeline.consumer_wait(k, q_state);
-        // Asked for ahead of the products, which keep shared memory busy, where there are registers.
+        // As [`Early`].
         let few = self.config.tile_m == 64;
         let minus_lse = few.then(|| self.all(self.minus_lse(block)));
         let About { tile, partial, .. } = self.about(block);
@@ -263,16 +262,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         self.d_probabilities(block);
         k.wgmma_commit();
         k.wgmma_wait(1);
-        match minus_lse {
-            Some(minus_lse) => self.probabilities(|j| minus_lse[j]),
-            None => self.probabilities(self.minus_lse(block)),
-        }
+        self.probabilities(block, minus_lse);
         let delta = few.then(|| self.all(self.delta(block)));
         k.wgmma_wait(0);
-        match delta {
-            Some(delta) => self.d_scores(|j| delta[j]),
-            None => self.d_scores(self.delta(block)),
-        }
+        self.d_scores(block, delta);
         self.hide_all(block, partial, &[&self.s, &self.dp]);
         self.pack(&self.dp, &self.ds);
         let alone = self.keeps_scores();
@@ -303,7 +296,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// P and dS as operands, and both where the products need them. On entry S and dP are in flight, the older first.
-    fn gradients_of_scores(&self, block: &Block<'k>, stats: Option<Stats<'k>>) {
+    fn gradients_of_scores(&self, block: &Block<'k>, early: Early<'k>) {
         let (k, config, shared) = (self.k, self.config, self.shared);
         let at = block.do_stage * config.scores().bytes();
         if config.programs() {
@@ -311,25 +304,18 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             self.elements(block);
         } else if self.values_early() {
             k.wgmma_wait(1);
-            self.probabilities(self.minus_lse(block));
+            self.probabilities(block, None);
             self.hide_all(block, self.about(block).partial, &[&self.s]);
             self.pack_and_issue_values(block);
             k.wgmma_wait(1);
-            self.d_scores(self.delta(block));
+            self.d_scores(block, None);
             self.hide_all(block, self.about(block).partial, &[&self.dp]);
         } else {
             k.wgmma_wait(1);
-            let partial = if let Some(Stats { minus_lse, delta, partial }) = stats {
-                self.probabilities(|j| minus_lse[j]);
-                k.wgmma_wait(0);
-                self.d_scores(|j| delta[j]);
-                partial
-            } else {
-                self.probabilities(self.minus_lse(block));
-                k.wgmma_wait(0);
-                self.d_scores(self.delta(block));
-                self.about(block).partial
-            };
+            self.probabilities(block, early.minus_lse);
+            k.wgmma_wait(0);
+            self.d_scores(block, early.delta);
+            let partial = early.partial.unwrap_or_else(|| self.about(block).partial);
             self.hide_all(block, partial, &[&self.s, &self.dp]);
         }
         self.pack(&self.dp, &self.ds);

@@ -100,6 +100,23 @@ impl<'a, 'k> Formula<'a, 'k> {
     }
 }
 
+/// Two rows' of each eight rows of a block.
+pub(super) type Statistics<'k> = Vec<[Reg<'k, f32>; 2]>;
+
+/// The statistics that are there, or else as they are asked for.
+fn given_or<'a, 'k, F: Fn(usize) -> [Reg<'k, f32>; 2] + 'a>(
+    early: Option<Statistics<'k>>,
+    late: impl FnOnce() -> F,
+) -> Box<dyn Fn(usize) -> [Reg<'k, f32>; 2] + 'a>
+where
+    'k: 'a,
+{
+    match early {
+        Some(all) => Box::new(move |eight| all[eight]),
+        None => Box::new(late()),
+    }
+}
+
 impl<'k, H: Half> Consumer<'_, 'k, H> {
     /// Where the thread's elements of a block are.
     fn here(&self, block: &Block<'k>) -> Here<'k> {
@@ -125,12 +142,13 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
     }
 
     /// Those of all eights.
-    pub(super) fn all(&self, stats: impl Fn(usize) -> [Reg<'k, f32>; 2]) -> Vec<[Reg<'k, f32>; 2]> {
+    pub(super) fn all(&self, stats: impl Fn(usize) -> [Reg<'k, f32>; 2]) -> Statistics<'k> {
         (0..self.s.registers.len() / 4).map(stats).collect()
     }
 
-    /// S to P, as if every row saw every key.
-    pub(super) fn probabilities(&self, minus_lse: impl Fn(usize) -> [Reg<'k, f32>; 2]) {
+    /// S to P, as if every row saw every key. `early`: what was asked for already of [`Self::minus_lse`].
+    pub(super) fn probabilities(&self, block: &Block<'k>, early: Option<Statistics<'k>>) {
+        let minus_lse = given_or(early, || self.minus_lse(block));
         let scale = self.params.scale * LOG2_E;
         for (j, s) in self.s.registers.chunks(4).enumerate() {
             let minus_lse = minus_lse(j);
@@ -148,8 +166,9 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
     }
 
-    /// dP to dS, and P to what dropout keeps of it.
-    pub(super) fn d_scores(&self, delta: impl Fn(usize) -> [Reg<'k, f32>; 2]) {
+    /// dP to dS, and P to what dropout keeps of it. `early`: what was asked for already of [`Self::delta`].
+    pub(super) fn d_scores(&self, block: &Block<'k>, early: Option<Statistics<'k>>) {
+        let delta = given_or(early, || self.delta(block));
         for (j, (p, dp)) in self.s.registers.chunks(4).zip(self.dp.registers.chunks(4)).enumerate() {
             let delta = delta(j);
             for (i, (&p, &dp)) in p.iter().zip(dp).enumerate() {
@@ -165,8 +184,8 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         }
     }
 
-    /// Zero where a row does not see the key. After all that is computed of a block, so that ptxas finds no branch among exponentials and
-    /// the rest, which take turns then.
+    /// Zero where a row does not see the key. After all that is computed of a block, so that ptxas finds no branch among
+    /// exponentials and the rest, which take turns then.
     pub(super) fn hide_all(&self, block: &Block<'k>, partial: Reg<'k, bool>, fragments: &[&Fragment<'k>]) {
         self.k.if_(partial, || {
             let here = self.here(block);

@@ -186,7 +186,7 @@ impl BwdConfig {
         self.layout(self.tile_m, self.head_dim_v, self.split == Split::Columns)
     }
 
-    /// Pᵀ and dSᵀ; or dS alone with [`Split::Keys`]: dQ's product takes it as it lies, which is faster than transposed.
+    /// Pᵀ and dSᵀ; or dS alone with [`Split::Keys`], as it goes into dQ's product.
     fn scores(&self) -> TileLayout {
         match self.split {
             Split::Keys => TileLayout::new(self.tile_m, self.tile_n(), self.element),

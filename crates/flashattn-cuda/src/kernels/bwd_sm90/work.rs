@@ -139,8 +139,8 @@ impl<'a, 'k> Work<'a, 'k> {
         head * self.params.tiles + sequence.tile + m_block
     }
 
-    /// The item with this number, in this round of K and V: groups of heads, so that their Q and dO stay in L2; within a group the first keys of all
-    /// its heads first, as those are seen by the most queries under a causal mask.
+    /// The item with this number, in this round of K and V: groups of heads, so that their Q and dO stay in L2; within a group the
+    /// first keys of all its heads first, as those are seen by the most queries under a causal mask.
     fn item(&self, number: Reg<'k, u32>, round: Reg<'k, u32>) -> WorkItem<'k> {
         let params = self.params;
         let (heads, n_blocks) = (params.heads_kv * params.batch, self.n_blocks());
