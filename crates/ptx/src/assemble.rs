@@ -383,7 +383,7 @@ mod tests {
 
     #[test]
     #[ignore = "needs ptxas: bash tools/ptxas.sh"]
-    fn spills_fail_the_check() {
+    fn spills_of_ptxas_fail_the_check() {
         // 100 values live at once, and 16 blocks of 128 threads that share 65536 registers: 32 a thread.
         let mut spilling = kernel(Target::Sm90);
         push(&mut spilling, &instr::param(Type::U64), None);
@@ -423,7 +423,7 @@ mod tests {
 
     #[test]
     #[ignore = "needs ptxas: bash tools/ptxas.sh"]
-    fn serialised_wgmma_fails_the_check() {
+    fn wgmma_serialised_by_ptxas_fails_the_check() {
         let shape = WgmmaShape {
             n: 8,
             a: Element::BF16,

@@ -1,9 +1,9 @@
 //! `flashattn bench --device cuda`: passes over tensors in the GPU's memory, by the GPU's clock. The regime is that of
 //! `peers.py`: fixed random inputs, launches back to back for 150 ms, the median of three such loops.
 
-use super::BenchArgs;
 use super::grid::Cell;
 use super::verify::{ROWS, verify_gradient_rows, verify_rows};
+use super::{BenchArgs, JsonRows};
 use super::{Point, picture};
 use crate::attention::{Given, Layout, Results};
 use crate::gpu::Resident;
@@ -75,11 +75,13 @@ struct Row {
 pub fn run(args: &BenchArgs, ordinal: u32, cells: &[Cell]) -> Result<()> {
     let bar = options::progress(cells.len() as u64);
     let (mut rows, mut configs) = (Vec::<Row>::new(), Vec::new());
+    let mut json = args.json.then(JsonRows::default);
     for cell in cells {
         let name = format!("{} {} {}", cell.problem.dtype, cell.pass, cell.name());
         bar.set_message(name.clone());
         let dtype = cell.problem.dtype;
         let row = with_dtype!(dtype, T => time::<T>(args, ordinal, cell, &mut configs)).context(name)?;
+        json.as_mut().map_or(Ok(()), |json| json.push(&row))?;
         rows.push(row);
         bar.inc(1);
     }
@@ -89,12 +91,10 @@ pub fn run(args: &BenchArgs, ordinal: u32, cells: &[Cell]) -> Result<()> {
         let points: Vec<Point> = rows.iter().map(point).collect();
         write_whole(path, picture(&points, &device, "TFLOP/s")?.as_bytes())?;
     }
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        serde_json::to_writer_pretty(&mut out, &rows)?;
-        writeln!(out)?;
-        return Ok(());
+    if let Some(json) = json {
+        return json.finish();
     }
+    let mut out = std::io::stdout().lock();
     writeln!(
         out,
         "{device}, driver for CUDA {}\n\n{}",

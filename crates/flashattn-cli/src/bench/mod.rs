@@ -132,11 +132,13 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     }
     let bar = options::progress(cells.len() as u64);
     let device = io::Device::this_cpu().name;
-    let mut rows = Vec::new();
+    let (mut rows, mut json) = (Vec::new(), args.json.then(JsonRows::default));
     for cell in &cells {
         let name = format!("{} {} {}", cell.problem.dtype, cell.pass, cell.name());
         bar.set_message(name.clone());
-        rows.push(with_dtype!(cell.problem.dtype, T => time::<T>(args, how, cell, &device)).context(name)?);
+        let row = with_dtype!(cell.problem.dtype, T => time::<T>(args, how, cell, &device)).context(name)?;
+        json.as_mut().map_or(Ok(()), |json| json.push(&row))?;
+        rows.push(row);
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -145,18 +147,36 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             rows.iter().filter(|r| r.seqlen_q > 1 || r.seqlen == 1).map(Point::new).collect();
         write_whole(path, picture(&points, &device, "GFLOP/s")?.as_bytes())?;
     }
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        serde_json::to_writer_pretty(&mut out, &rows)?;
-        writeln!(out)?;
-        return Ok(());
+    if let Some(json) = json {
+        return json.finish();
     }
+    let mut out = std::io::stdout().lock();
     let threads = args.compute.threads();
     writeln!(out, "{device}, {threads} threads, {}\n\n{}", isa(how), table(&rows))?;
     if let Some(path) = &args.plot {
         writeln!(out, "\npicture: {}", path.display())?;
     }
     Ok(())
+}
+
+/// Rows as a JSON array on standard output, one a line and each as soon as it is there: what stops a long run leaves those before.
+#[derive(Default)]
+struct JsonRows {
+    rows: usize,
+}
+
+impl JsonRows {
+    fn push(&mut self, row: &impl Serialize) -> Result<()> {
+        let mut out = std::io::stdout().lock();
+        write!(out, "{}", if self.rows == 0 { "[\n" } else { ",\n" })?;
+        self.rows += 1;
+        serde_json::to_writer(&mut out, row)?;
+        Ok(out.flush()?)
+    }
+
+    fn finish(self) -> Result<()> {
+        Ok(writeln!(std::io::stdout().lock(), "{}\n]", if self.rows == 0 { "[" } else { "" })?)
+    }
 }
 
 fn isa(how: Options) -> Isa {
