@@ -735,8 +735,8 @@ use crate::types::{B32, BF16x2, F16x2};
 binary!(Add add: f32 => ADD_F32, u32 => ADD_U32, i32 => ADD_S32, u64 => ADD_U64, i64 => ADD_S64, F16x2 => ADD_F16X2, BF16x2 => ADD_BF16X2);
 binary!(Sub sub: f32 => SUB_F32, u32 => SUB_U32, i32 => SUB_S32, u64 => SUB_U64);
 binary!(Mul mul: f32 => MUL_F32, u32 => MUL_U32, i32 => MUL_S32, u64 => MUL_U64, i64 => MUL_S64, F16x2 => MUL_F16X2, BF16x2 => MUL_BF16X2);
-binary!(Div div: f32 => DIV_F32, u32 => DIV_U32, i32 => DIV_S32);
-binary!(Rem rem: u32 => REM_U32, i32 => REM_S32);
+binary!(Div div: f32 => DIV_F32, i32 => DIV_S32);
+binary!(Rem rem: i32 => REM_S32);
 binary!(BitAnd bitand: u32 => AND_B32, B32 => AND_B32, u64 => AND_B64, bool => AND_PRED);
 binary!(BitOr bitor: u32 => OR_B32, B32 => OR_B32, u64 => OR_B64, bool => OR_PRED);
 binary!(BitXor bitxor: u32 => XOR_B32, B32 => XOR_B32, bool => XOR_PRED);
@@ -744,6 +744,36 @@ constant_first!(Add add: f32 => ADD_F32, u32 => ADD_U32, i32 => ADD_S32);
 constant_first!(Sub sub: f32 => SUB_F32, u32 => SUB_U32, i32 => SUB_S32);
 constant_first!(Mul mul: f32 => MUL_F32, u32 => MUL_U32, i32 => MUL_S32);
 constant_first!(Div div: f32 => DIV_F32);
+
+/// The logarithm of a constant power of two. ptxas takes division by one for any other division: a reciprocal and corrections.
+fn log2_of_constant(operand: Operand) -> Option<u32> {
+    match operand {
+        Operand::Imm(bits, _) if bits.is_power_of_two() => Some(bits.ilog2()),
+        _ => None,
+    }
+}
+
+impl<'k, V: Value<'k, u32>> std::ops::Div<V> for Reg<'k, u32> {
+    type Output = Reg<'k, u32>;
+    #[track_caller]
+    fn div(self, other: V) -> Self {
+        match log2_of_constant(other.operand()) {
+            Some(log2) => self >> log2,
+            None => self.k.result(instr::DIV_U32, &[self.operand(), other.operand()]),
+        }
+    }
+}
+
+impl<'k, V: Value<'k, u32>> std::ops::Rem<V> for Reg<'k, u32> {
+    type Output = Reg<'k, u32>;
+    #[track_caller]
+    fn rem(self, other: V) -> Self {
+        match log2_of_constant(other.operand()) {
+            Some(log2) => self & ((1 << log2) - 1),
+            None => self.k.result(instr::REM_U32, &[self.operand(), other.operand()]),
+        }
+    }
+}
 
 macro_rules! shifts {
     ($($trait:ident $method:ident: $ty:ty => $row:ident),*) => { $(

@@ -212,3 +212,26 @@ fn spinning_ends() {
         "{error}"
     );
 }
+
+/// By powers of two they are shifts and masks: ptxas makes no difference between these and other divisors.
+#[test]
+fn divisions_by_constants() {
+    const DIVISORS: [u32; 6] = [1, 2, 7, 128, 1000, 1 << 31];
+    let k = kernel(32, |k| {
+        let out = k.param_ptr("out");
+        let lane = k.tid(0);
+        let n = (lane * 0x1234_5677) ^ (lane << 27);
+        let at = (out + (lane * (8 * DIVISORS.len() as u32)).to_u64()).address();
+        for (i, d) in DIVISORS.into_iter().enumerate() {
+            at.at(8 * i as i32).store_vec([n / d, n % d]);
+        }
+    });
+    let (words, _) = run(&k, 1, &[], 32 * 2 * DIVISORS.len()).unwrap();
+    let expected = (0..32u32).flat_map(|lane| {
+        let n = lane.wrapping_mul(0x1234_5677) ^ (lane << 27);
+        DIVISORS.into_iter().flat_map(move |d| [n / d, n % d])
+    });
+    assert_eq!(words, expected.collect::<Vec<_>>());
+    let text = crate::emit(&k);
+    assert_eq!([text.matches("div.u32").count(), text.matches("rem.u32").count()], [2, 2], "{text}");
+}
