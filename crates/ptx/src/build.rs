@@ -757,10 +757,11 @@ impl<'k, V: Value<'k, u32>> std::ops::Div<V> for Reg<'k, u32> {
     type Output = Reg<'k, u32>;
     #[track_caller]
     fn div(self, other: V) -> Self {
-        match log2_of_constant(other.operand()) {
-            Some(log2) => self >> log2,
-            None => self.k.result(instr::DIV_U32, &[self.operand(), other.operand()]),
-        }
+        let (row, operand) = match log2_of_constant(other.operand()) {
+            Some(log2) => (instr::SHR_U32, log2.operand()),
+            None => (instr::DIV_U32, other.operand()),
+        };
+        self.k.result(row, &[self.operand(), operand])
     }
 }
 
@@ -768,10 +769,11 @@ impl<'k, V: Value<'k, u32>> std::ops::Rem<V> for Reg<'k, u32> {
     type Output = Reg<'k, u32>;
     #[track_caller]
     fn rem(self, other: V) -> Self {
-        match log2_of_constant(other.operand()) {
-            Some(log2) => self & ((1 << log2) - 1),
-            None => self.k.result(instr::REM_U32, &[self.operand(), other.operand()]),
-        }
+        let (row, operand) = match log2_of_constant(other.operand()) {
+            Some(log2) => (instr::AND_B32, ((1u32 << log2) - 1).operand()),
+            None => (instr::REM_U32, other.operand()),
+        };
+        self.k.result(row, &[self.operand(), operand])
     }
 }
 
