@@ -81,7 +81,9 @@ pub fn run(args: &BenchArgs, ordinal: u32, cells: &[Cell]) -> Result<()> {
         bar.set_message(name.clone());
         let dtype = cell.problem.dtype;
         let row = with_dtype!(dtype, T => time::<T>(args, ordinal, cell, &mut configs)).context(name)?;
-        json.as_mut().map_or(Ok(()), |json| json.push(&row))?;
+        if let Some(json) = &mut json {
+            json.push(&row)?;
+        }
         rows.push(row);
         bar.inc(1);
     }

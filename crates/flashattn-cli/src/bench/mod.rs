@@ -137,7 +137,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let name = format!("{} {} {}", cell.problem.dtype, cell.pass, cell.name());
         bar.set_message(name.clone());
         let row = with_dtype!(cell.problem.dtype, T => time::<T>(args, how, cell, &device)).context(name)?;
-        json.as_mut().map_or(Ok(()), |json| json.push(&row))?;
+        if let Some(json) = &mut json {
+            json.push(&row)?;
+        }
         rows.push(row);
         bar.inc(1);
     }
