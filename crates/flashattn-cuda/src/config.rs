@@ -129,7 +129,7 @@ pub const BACKWARD_SM90: [BackwardTiles; 3] = [
     backward_tiles(128, 64, Split::Keys, [3, 2], [512, 1024]),
     // dK and dV of 128 keys would take all registers; shared memory holds two stages of 64 queries. So narrow blocks would add up
     // more of dQ than L2 can.
-    backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
+    backward_tiles(256, 64, Split::Gradients, [2, 2], ALWAYS),
 ];
 
 /// The same for kernels with dropout alone, as wide as without; not tuned. Random words take longer than adding dQ up, so that few keys

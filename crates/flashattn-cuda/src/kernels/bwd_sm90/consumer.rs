@@ -5,7 +5,7 @@ use ptx::{B32, Descriptor, Fragment, PipelineState, TileLayout, WgmmaA};
 
 use super::elements::Statistics;
 use super::work::{Work, WorkItem};
-use super::{BwdConfig, CONSUMERS, DqPart, Params, Shared, Split};
+use super::{BwdConfig, CONSUMERS, DqPart, Gradient, Params, Shared, Split};
 use crate::kernels::philox::Kept;
 
 /// First of the named barriers, one for each stage and warpgroup: the other warpgroup's dS is there. Two blocks' are
@@ -16,9 +16,9 @@ const SCORES: u32 = 1;
 #[derive(Clone, Copy)]
 pub(super) struct Block<'k> {
     /// Stage of Q.
-    stage: Reg<'k, u32>,
+    pub stage: Reg<'k, u32>,
     /// Stage of dO, and of P and dS.
-    do_stage: Reg<'k, u32>,
+    pub do_stage: Reg<'k, u32>,
 }
 
 /// What the producer told of a block.
@@ -46,7 +46,7 @@ pub(super) struct Consumer<'a, 'k, H> {
     pub config: &'a BwdConfig,
     pub params: &'a Params<'k>,
     pub work: &'a Work<'a, 'k>,
-    shared: &'a Shared<'k>,
+    pub shared: &'a Shared<'k>,
     /// Which item is at hand.
     item: PipelineState<'k>,
     pub lane: Reg<'k, u32>,
@@ -77,6 +77,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         let [keys, queries] = match config.split {
             Split::Keys => [group * 64, k.var(0u32)],
             Split::Columns => [k.var(0u32), group * columns],
+            Split::Gradients => [k.var(0u32), k.var(0u32)],
         };
         Consumer {
             k,
@@ -103,6 +104,17 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// The algorithm.
     pub fn run(&self) {
+        match self.config.split {
+            Split::Gradients => self.k.if_else(
+                self.group.eq(0),
+                || self.one_gradient(Gradient::Values),
+                || self.one_gradient(Gradient::Keys),
+            ),
+            Split::Keys | Split::Columns => self.both_gradients(),
+        }
+    }
+
+    fn both_gradients(&self) {
         let (k, shared) = (self.k, self.shared);
         // Of one stage only the phase changes, which the producer tells.
         let kv_state = shared.k_pipeline.start(k);
@@ -197,14 +209,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             shared.v_pipeline.consumer_release(k, kv_state.index, self.lane);
             products(None);
         };
-        k.loop_(|| {
-            shared.item_pipeline.consumer_wait(k, self.item);
-            let item = self.item();
-            k.break_if(item.exists.eq(0));
-            for &r in self.dk.registers.iter().chain(&self.dv.registers) {
-                r.set(0.0);
-            }
-            let left = k.var(item.blocks);
+        self.each_item(&[&self.dk, &self.dv], |item, left| {
             k.if_(left.ne(0), || {
                 kv_state.phase.set(item.round);
                 shared.k_pipeline.consumer_wait(k, kv_state);
@@ -229,11 +234,25 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 self.finish_adding();
                 self.put.set(0u64);
             }
+        });
+    }
+
+    /// Runs `body` for each item with its number of blocks, and writes the sums then.
+    pub fn each_item(&self, sums: &[&Fragment<'k>], body: impl FnOnce(&WorkItem<'k>, Reg<'k, u32>)) {
+        let (k, shared) = (self.k, self.shared);
+        k.loop_(|| {
+            shared.item_pipeline.consumer_wait(k, self.item);
+            let item = self.item();
+            k.break_if(item.exists.eq(0));
+            for &r in sums.iter().flat_map(|sum| &sum.registers) {
+                r.set(0.0);
+            }
+            body(&item, k.var(item.blocks));
             let item = self.item();
             k.sync_warp();
             shared.item_pipeline.consumer_release(k, self.item.index, self.lane);
             self.item.advance();
-            self.write(&item);
+            self.write(&item, sums);
         });
     }
 
@@ -352,7 +371,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// The barrier at which warpgroup `group` waits for the other's dS.
-    fn scores_barrier(&self, block: &Block<'k>, group: Reg<'k, u32>) -> Reg<'k, u32> {
+    pub fn scores_barrier(&self, block: &Block<'k>, group: Reg<'k, u32>) -> Reg<'k, u32> {
         block.do_stage * CONSUMERS + group + SCORES
     }
 
@@ -414,7 +433,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Sᵀ-shaped product of a tile of keys and a stage of queries.
-    fn transposed_scores(
+    pub fn transposed_scores(
         &self,
         d: &Fragment<'k>,
         keys: (Address<'k, u32>, TileLayout),
@@ -422,7 +441,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
         dim: u32,
     ) {
         let own = match self.config.split {
-            Split::Keys => queries.0,
+            Split::Keys | Split::Gradients => queries.0,
             Split::Columns => queries.0 + self.group * (self.config.score_columns() * 128),
         };
         let (a, b) = (keys.1.k_major(self.own_rows(keys.0)), queries.1.k_major(own));
@@ -430,14 +449,14 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Issues Sᵀ = K·Qᵀ.
-    fn scores(&self, stage: Reg<'k, u32>) {
+    pub fn scores(&self, stage: Reg<'k, u32>) {
         let (config, shared) = (self.config, self.shared);
         let queries = shared.q + stage * config.q().bytes();
         self.transposed_scores(&self.s, (shared.k, config.k()), (queries, config.q()), config.head_dim);
     }
 
     /// Issues dPᵀ = V·dOᵀ.
-    fn d_probabilities(&self, block: &Block<'k>) {
+    pub fn d_probabilities(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
         let d_o = shared.d_o + block.do_stage * config.d_o().bytes();
         self.transposed_scores(&self.dp, (shared.v, config.v()), (d_o, config.d_o()), config.head_dim_v);
@@ -458,7 +477,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
                 let (a, b) = (config.scores().mn_major(own), rows.1.mn_major(rows.0));
                 self.product(d, a, b, [true, true], config.tile_m / 16, false);
             }
-            Split::Keys => {
+            Split::Keys | Split::Gradients => {
                 let (b, shape) = (rows.1.mn_major(rows.0), config.shape(d.columns(), false, true));
                 for (step, operand) in operand.iter().enumerate() {
                     k.wgmma(shape, &d.registers, WgmmaA::Registers(operand), b.step(step as u32), true);
@@ -473,7 +492,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Issues dV += Pᵀ·dO.
-    fn d_values(&self, block: &Block<'k>) {
+    pub fn d_values(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
         let d_o = shared.d_o + block.do_stage * config.d_o().bytes();
         let p = shared.p + block.do_stage * config.scores().bytes();
@@ -481,7 +500,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Issues dK += dSᵀ·Q.
-    fn d_keys(&self, block: &Block<'k>) {
+    pub fn d_keys(&self, block: &Block<'k>) {
         let (config, shared) = (self.config, self.shared);
         let q = shared.q + block.stage * config.q().bytes();
         let ds = shared.ds + block.do_stage * config.scores().bytes();

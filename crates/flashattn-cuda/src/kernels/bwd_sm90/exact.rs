@@ -50,12 +50,19 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
         Exact { work, sequence, batch, lane: work.k.lane(), half: PhantomData }
     }
 
-    /// dK and dV of the warp's keys that are broken, after they were written.
-    pub fn repair_keys(&self, head_kv: Reg<'k, u32>, rows: [&Rows<'k>; 2], fragments: [&Fragment<'k>; 2]) {
+    /// dK and dV, those of them that the warp has, of its keys that are broken, after they were written.
+    pub fn repair_keys(
+        &self,
+        head_kv: Reg<'k, u32>,
+        rows: [&Rows<'k>; 2],
+        fragments: [Option<&Fragment<'k>>; 2],
+    ) {
         let (k, work) = (self.work.k, self.work);
-        self.each_broken(rows[0], &fragments, |key| {
+        let own: Vec<_> = fragments.into_iter().flatten().collect();
+        self.each_broken(rows[0], &own, |key| {
             let key = self.key(head_kv, key);
-            let [dk, dv] = rows.map(|rows| self.broken(rows, key.index));
+            let [dk, dv] = [0, 1].map(|i| fragments[i].map(|_| self.broken(rows[i], key.index)));
+            let each = || dk.iter().chain(&dv);
             let group = work.group();
             let query = k.var(0u32);
             // Queries of all heads of the group, one after the other.
@@ -69,14 +76,23 @@ impl<'a, 'k, H: Half> Exact<'a, 'k, H> {
                 k.if_(self.sees(&place, stats, index, key.index), || {
                     let query = self.query(head, index);
                     let (p, dx) = self.terms(place, stats, &query, &key);
-                    dv.add(p, &query.second);
-                    dk.add(dx, &query.first);
+                    if let Some(dv) = &dv {
+                        dv.add(p, &query.second);
+                    }
+                    if let Some(dk) = &dk {
+                        dk.add(dx, &query.first);
+                    }
                 });
                 query.set(query + 1);
-                k.break_if(!(dk.open() | dv.open()).any());
+                let open = each().map(Broken::open).reduce(|a, b| a | b);
+                k.break_if(!open.unwrap_or_else(|| k.var(false)).any());
             });
-            dk.write::<H>(Some(work.params.d_scale()));
-            dv.write::<H>(work.params.dropout.as_ref().map(|dropout| dropout.keep_scale));
+            if let Some(dk) = &dk {
+                dk.write::<H>(Some(work.params.d_scale()));
+            }
+            if let Some(dv) = &dv {
+                dv.write::<H>(work.params.dropout.as_ref().map(|dropout| dropout.keep_scale));
+            }
         });
     }
 

@@ -38,6 +38,7 @@
 mod consumer;
 mod elements;
 mod exact;
+mod one_gradient;
 mod output;
 mod postprocess;
 mod preprocess;
@@ -68,6 +69,16 @@ pub enum Split {
     /// The columns of dK, dV and dQ, half each, of the same 64 keys; and the queries of S and dP. P and dS go through
     /// shared memory.
     Columns,
+    /// The gradients of the same 64 keys: one warpgroup has S, P and dV, the other dP, dS and dK. P and dS are A operands in
+    /// registers; P goes through shared memory, too. Only where dQ has a kernel of its own, and P and dS take a product each.
+    Gradients,
+}
+
+/// A warpgroup's gradient with [`Split::Gradients`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Gradient {
+    Values,
+    Keys,
 }
 
 /// Which part of a block's dQ a warpgroup has.
@@ -137,7 +148,7 @@ impl BwdConfig {
     pub const fn tile_n(&self) -> u32 {
         match self.split {
             Split::Keys => 128,
-            Split::Columns => 64,
+            Split::Columns | Split::Gradients => 64,
         }
     }
 
@@ -146,7 +157,7 @@ impl BwdConfig {
             Split::Columns => DqPart::Columns,
             Split::Keys if self.tile_m == 128 => DqPart::Queries,
             Split::Keys if self.head_dim > 64 => DqPart::Columns,
-            Split::Keys => DqPart::Keys,
+            Split::Keys | Split::Gradients => DqPart::Keys,
         }
     }
 
@@ -186,11 +197,21 @@ impl BwdConfig {
         self.layout(self.tile_m, self.head_dim_v, self.split == Split::Columns)
     }
 
-    /// Pᵀ and dSᵀ; or dS alone with [`Split::Keys`], as it goes into dQ's product.
+    /// Pᵀ and dSᵀ; or dS alone with [`Split::Keys`], as it goes into dQ's product. With [`Split::Gradients`] as many bytes for Pᵀ,
+    /// as it lies in registers.
     fn scores(&self) -> TileLayout {
         match self.split {
             Split::Keys => TileLayout::new(self.tile_m, self.tile_n(), self.element),
-            Split::Columns => TileLayout::new(self.tile_n(), self.tile_m, self.element),
+            Split::Columns | Split::Gradients => TileLayout::new(self.tile_n(), self.tile_m, self.element),
+        }
+    }
+
+    /// How many copies there are of dS and of P.
+    fn scores_copies(&self) -> [u32; 2] {
+        match self.split {
+            Split::Keys => [self.do_stages, 0],
+            Split::Columns => [self.do_stages; 2],
+            Split::Gradients => [0, self.do_stages],
         }
     }
 
@@ -461,26 +482,23 @@ impl<'k> Shared<'k> {
 
     fn new(k: &'k Builder, config: &BwdConfig) -> Self {
         let (align, warps, stages) = (TileLayout::ALIGN, 4 * CONSUMERS, config.stages);
-        let scores = config.scores().bytes();
+        let [ds, p] = config.scores_copies().map(|copies| copies * config.scores().bytes());
+        let kv_warps = if config.split == Split::Gradients { 4 } else { warps };
         let dq_bytes = if config.own_dq { 0 } else { warps * config.dq_warp_bytes() };
         Shared {
             k: k.shared("k", config.k().bytes(), align),
             v: k.shared("v", config.v().bytes(), align),
             q: k.shared("q", config.q().bytes() * stages, align),
             d_o: k.shared("do", config.d_o().bytes() * config.do_stages, align),
-            ds: k.shared("ds", config.do_stages * scores, align),
-            p: k.shared(
-                "p",
-                if config.split == Split::Columns { config.do_stages * scores } else { 0 },
-                align,
-            ),
+            ds: k.shared("ds", ds, align),
+            p: k.shared("p", p, align),
             dq: k.shared("dq", dq_bytes, 128),
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
             item: k.shared("item", 2 * Self::ITEM_BYTES, 16),
             block: k.shared("block", 16 * stages, 16),
             item_pipeline: Pipeline::new(k, "item", 2, warps + 1, 1),
-            k_pipeline: Pipeline::new(k, "k", 1, warps, 1),
-            v_pipeline: Pipeline::new(k, "v", 1, warps, 1),
+            k_pipeline: Pipeline::new(k, "k", 1, kv_warps, 1),
+            v_pipeline: Pipeline::new(k, "v", 1, kv_warps, 1),
             q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
             do_pipeline: Pipeline::new(k, "do", config.do_stages, warps, 1),
         }

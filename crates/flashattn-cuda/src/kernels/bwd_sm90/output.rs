@@ -132,11 +132,11 @@ impl BwdConfig {
 }
 
 impl<'k, H: Half> Consumer<'_, 'k, H> {
-    /// dK and dV of the keys that exist.
-    pub(super) fn write(&self, item: &WorkItem<'k>) {
+    /// dK and dV, those of them that are among the warpgroup's `sums`, of the keys that exist.
+    pub(super) fn write(&self, item: &WorkItem<'k>, sums: &[&Fragment<'k>]) {
         let (k, config, params) = (self.k, self.config, self.params);
         let halved = config.split == Split::Columns;
-        let keys = if halved { k.var(0u32) } else { self.group * 64 };
+        let keys = if config.split == Split::Keys { self.group * 64 } else { k.var(0u32) };
         let origin = item.n_block * config.tile_n() + keys;
         let rows = |tensor: GlobalTensor<'k>, dim: u32, columns: u32| {
             let (column, last_column) = config.half_of(self.group, columns, halved);
@@ -154,11 +154,17 @@ impl<'k, H: Half> Consumer<'_, 'k, H> {
         };
         let dk = rows(params.dk, config.head_dim, config.k().columns);
         let dv = rows(params.dv, config.head_dim_v, config.v().columns);
-        dk.write::<H>(k, &self.dk, Some(params.d_scale()));
-        dv.write::<H>(k, &self.dv, params.dropout.as_ref().map(|dropout| dropout.keep_scale));
+        let own = |fragment: &_| sums.iter().copied().find(|&sum| std::ptr::eq(sum, fragment));
+        let own = [own(&self.dk), own(&self.dv)];
+        if let Some(sum) = own[0] {
+            dk.write::<H>(k, sum, Some(params.d_scale()));
+        }
+        if let Some(sum) = own[1] {
+            dv.write::<H>(k, sum, params.dropout.as_ref().map(|dropout| dropout.keep_scale));
+        }
         if config.repair {
             let exact = Exact::<H>::new(self.work, item.sequence, item.batch);
-            exact.repair_keys(item.head_kv, [&dk, &dv], [&self.dk, &self.dv]);
+            exact.repair_keys(item.head_kv, [&dk, &dv], own);
         }
     }
 }
