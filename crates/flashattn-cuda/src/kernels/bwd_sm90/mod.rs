@@ -28,8 +28,8 @@
 //!    accumulator's fragments, so that no warp waits for another. It does so after the next block's dS, whose fence it shares.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
 //!    deterministic.
-//! 4. [`Split::Columns`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and take half
-//!    of the columns of each gradient.
+//! 4. [`Split::Gradients`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and have a gradient
+//!    each, of which `one_gradient.rs` has the algorithm; with programs or dropout half of the columns of both ([`Split::Columns`]).
 //!
 //! With dropout P and dS are without its 1 / (1 − p), which D loses before and the gradients get at the end.
 //!
