@@ -1,6 +1,6 @@
 """Ours against the best of several peers, of which some ran in another call:
 
-    python3 benches/peers/best.py OURS PEERS STORED [--ceilings OURS STORED] [--pass bwd]
+    python3 benches/peers/best.py OURS PEERS STORED --ceilings OURS STORED [--pass bwd]
 
 OURS and PEERS are of one call (`flashattn bench --json`, shared/peers/peers.py, or this folder's records of them), STORED of another.
 What only STORED has is scaled to OURS' call: by --ceilings, the TFLOP/s of the 8192³ product in the two calls; and, to see what that

@@ -433,7 +433,7 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     }
 
     /// Sᵀ-shaped product of a tile of keys and a stage of queries.
-    pub fn transposed_scores(
+    fn transposed_scores(
         &self,
         d: &Fragment<'k>,
         keys: (Address<'k, u32>, TileLayout),

@@ -483,6 +483,7 @@ impl<'k> Shared<'k> {
     fn new(k: &'k Builder, config: &BwdConfig) -> Self {
         let (align, warps, stages) = (TileLayout::ALIGN, 4 * CONSUMERS, config.stages);
         let [ds, p] = config.scores_copies().map(|copies| copies * config.scores().bytes());
+        // Of gradients shared out K is one warpgroup's, V the other's.
         let kv_warps = if config.split == Split::Gradients { 4 } else { warps };
         let dq_bytes = if config.own_dq { 0 } else { warps * config.dq_warp_bytes() };
         Shared {
