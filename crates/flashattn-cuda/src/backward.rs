@@ -95,7 +95,7 @@ fn caller(tensor: GradTensor) -> Option<usize> {
         Sinks => 10,
         DSinks => 11,
         DTable(i) => NAMES.len() + i,
-        DqSums | Stats | SinkSums | TableSums(_) | Counter | Upload(_) => return None,
+        DqSums | Turns | Stats | SinkSums | TableSums(_) | Counter | Upload(_) => return None,
     })
 }
 

@@ -30,10 +30,13 @@ const fn tiles(
 
 /// Rows by ascending head dimension; a problem takes the first that has room for its larger one and asks for no more keys.
 /// Chosen on an H100 SXM (bf16, full and causal, 512 to 16k tokens): `benches/record/h100-sxm/README.md`.
-pub const FORWARD_SM90: [Tiles; 5] = [
+pub const FORWARD_SM90: [Tiles; 7] = [
     // More rows to a block of keys: fewer loads from L2, which is power. Short causal sequences waste more of taller tiles.
     tiles(64, [1536, 6144], [3, 128, 3], false),
     tiles(64, [0, 0], [2, 128, 3], true),
+    // Panels of 128 columns, as beyond, but accumulators leave room for wider blocks. Narrow ones let warpgroups leave out what is hidden.
+    tiles(80, [1536, 6144], [3, 96, 3], false),
+    tiles(80, [usize::MAX, 1024], [3, 64, 4], false),
     tiles(128, [1536, 6144], [3, 80, 3], false),
     // Q in registers takes half of QKᵀ's reads from shared memory away; tile_n 128 does not spill.
     tiles(128, [0, 0], [2, 128, 3], true),
@@ -115,7 +118,7 @@ pub struct BackwardTiles {
     pub stages: u32,
     /// Stages of the dO pipeline, and copies of P and dS: at most as many.
     pub do_stages: u32,
-    /// Most keys with which dQ has a kernel of its own: without a mask, and with one. That of a deterministic plan always has.
+    /// Most keys with which dQ has a kernel of its own: without a mask, and with one.
     pub own_dq: [usize; 2],
 }
 
@@ -146,6 +149,10 @@ pub const BACKWARD_SM90_PROGRAMS: [BackwardTiles; 3] = [
     backward_tiles(128, 64, Split::Columns, [3, 3], [0, 0]),
     backward_tiles(256, 64, Split::Columns, [2, 2], ALWAYS),
 ];
+
+/// Most keys with which dQ of a deterministic plan has a kernel of its own, where its blocks of keys could take turns: without a mask,
+/// and with one.
+pub const DETERMINISTIC_OWN_DQ: [usize; 2] = [1024, 4096];
 
 const ALWAYS: [usize; 2] = [usize::MAX; 2];
 
@@ -255,6 +262,13 @@ pub fn backward_head_group(items: usize, masked: bool) -> usize {
     1 << heads.ilog2()
 }
 
+/// The fewest of these where blocks of keys take turns to add to so many blocks of queries: the items of a head that run at once follow
+/// each other at some blocks' distance, and the last of them should not wait for most of its time. More heads find less in L2.
+pub fn turns_head_group(m_blocks: usize, masked: bool) -> usize {
+    let blocks = if masked { 4000 } else { 400 };
+    (blocks / m_blocks.max(1)).clamp(1, 32).next_power_of_two()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -264,8 +278,11 @@ mod tests {
         assert_eq!(forward_sm90([64, 8], 1536, false, Extras::None), Some(FORWARD_SM90[0]));
         assert_eq!(forward_sm90([64, 1], 1536, false, Extras::None), Some(FORWARD_SM90[1]));
         assert_eq!(forward_sm90([64, 8], 1535, false, Extras::None), Some(FORWARD_SM90[1]));
-        assert_eq!(forward_sm90([40, 65], 6143, true, Extras::None), Some(FORWARD_SM90[3]));
+        assert_eq!(forward_sm90([40, 65], 6143, true, Extras::None), Some(FORWARD_SM90[5]));
         assert_eq!(forward_sm90([40, 72], 6144, true, Extras::None), Some(FORWARD_SM90[2]));
+        assert_eq!(forward_sm90([40, 72], 6143, true, Extras::None), Some(FORWARD_SM90[3]));
+        assert_eq!(forward_sm90([40, 72], 1535, false, Extras::None), Some(FORWARD_SM90[5]));
+        assert_eq!(forward_sm90([96, 72], 6144, true, Extras::None), Some(FORWARD_SM90[4]));
         assert_eq!(forward_sm90([64, 64], 2000, true, Extras::Score), Some(FORWARD_SM90_SCORES[1]));
         assert_eq!(forward_sm90([192, 128], 0, true, Extras::Programs), Some(FORWARD_SM90_PROGRAMS[2]));
         assert_eq!(forward_sm90([257, 8], 1, false, Extras::None), None);
@@ -301,6 +318,9 @@ mod tests {
         let groups = [16, 64, 100, 128, 1024, 0].map(|items| backward_head_group(items, true));
         assert_eq!(groups, [16, 8, 4, 4, 2, 16]);
         assert_eq!(backward_head_group(64, false), 1);
+        let groups =
+            [16, 64, 128, 1000, 0].map(|blocks| [false, true].map(|masked| turns_head_group(blocks, masked)));
+        assert_eq!(groups, [[32, 32], [8, 32], [4, 32], [1, 4], [32, 32]]);
     }
 
     #[test]

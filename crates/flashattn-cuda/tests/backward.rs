@@ -554,6 +554,43 @@ fn many_keys_in_the_emulator() {
     run(&Emulator::default(), &cases);
 }
 
+/// So many that blocks of keys take turns in a deterministic plan: several blocks of queries, and of keys that wait for each other.
+fn in_turns() -> Vec<Case> {
+    let template = of_many_keys().remove(0);
+    let new = |[m, n]: [usize; 2], [d, dv]: [usize; 2], mask| {
+        let mut p = AttentionProblem::new(1, m, 2, d, DType::Bf16);
+        (p.seqlen_k, p.heads_kv, p.head_dim_v, p.mask) = (n, 1, dv, mask);
+        p
+    };
+    let mut dropped = new([140, 1090], [72, 80], Mask::Full);
+    dropped.dropout = Some(Dropout { p: 0.3, seed: 3 });
+    let mut sinks = new([300, 1100], [64, 40], Mask::Full);
+    (sinks.sinks, sinks.dtype) = (true, DType::F16);
+    let problems = [
+        new([270, 1150], [64, 64], Mask::Full),
+        new([90, 1100], [111, 111], Mask::Full),
+        new([600, 4200], [64, 64], Mask::Causal),
+        new([410, 4130], [128, 72], Mask::Causal),
+        // Some sequences are empty, some shorter than a block.
+        new([1, 1], [64, 64], Mask::Causal)
+            .with_varlen(&[0, 170, 170, 190, 500], &[0, 4100, 4150, 4160, 4530]),
+        dropped,
+        sinks,
+    ];
+    let named = |(i, problem)| Case { name: format!("turns/{i}"), problem, ..template.clone() };
+    problems.into_iter().enumerate().map(named).collect()
+}
+
+#[test]
+fn turns_in_the_emulator() {
+    let cases = in_turns();
+    assert!(cases.iter().all(|case| plan(case, true).expect("plans").config.turns));
+    let emulator = || Emulator { deterministic: true, ..Emulator::default() };
+    assert!(run(&Twice(emulator()), &cases).all_passed());
+    // What is told begins at zero there, too.
+    assert!(run(&Adding(emulator()), &cases[..2]).all_passed());
+}
+
 /// The plan of dense tensors, as far as TMA takes them.
 fn plan(case: &Case, deterministic: bool) -> Result<BackwardPlan, PlanError> {
     let p = &case.problem;
@@ -568,14 +605,14 @@ fn plan(case: &Case, deterministic: bool) -> Result<BackwardPlan, PlanError> {
 fn ptxas_takes_every_config() {
     let mut configs = HashSet::new();
     let cases = cases().into_iter().filter(|case| case.problem.dtype != DType::F32);
-    for case in cases.chain(with_dropout(self::cases())).chain(of_many_keys()) {
+    for case in cases.chain(with_dropout(self::cases())).chain(of_many_keys()).chain(in_turns()) {
         // Of f16, which differs in the types of a few instructions, what has neither mask program nor score mod.
         let few = |config: &BwdConfig| config.mask_program.is_none() && config.score_mod.is_none();
-        // Of deterministic plans those with sums that others do not have.
+        // Of deterministic plans those with sums or turns that others do not have.
         for deterministic in [false, true] {
             match plan(&case, deterministic) {
                 Ok(plan) if case.problem.dtype == DType::F16 && !few(&plan.config) => {}
-                Ok(plan) if deterministic && plan.config.table_grads.is_empty() => {}
+                Ok(plan) if deterministic && plan.config.table_grads.is_empty() && !plan.config.turns => {}
                 Ok(plan) => drop(configs.insert(plan.config)),
                 Err(PlanError::Unsupported { feature: Feature::HeadDim, .. }) => {}
                 Err(error) => panic!("{}: {error}", case.name),

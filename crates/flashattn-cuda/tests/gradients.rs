@@ -141,7 +141,8 @@ fn deterministic_runs_give_the_same_bits() {
             .with_varlen(&[0, 700, 1000], &[0, 300, 1900]);
         packed.dropout = Some(Dropout { p: 0.2, seed: 5 });
         let full = AttentionProblem { mask: Mask::Full, ..plain.clone() };
-        [plain, full, packed]
+        let long = AttentionProblem { seqlen_q: 4111, seqlen_k: 4444, ..plain.clone() };
+        [plain, full, long, packed]
     });
     for p in problems {
         let backward = Backward::new(&device, &p, true).expect("plans");

@@ -10,7 +10,7 @@ use ptx::instr::Element;
 
 use super::{Argument, Data, Feature, PlanError, Strides, Upload, band};
 use crate::config;
-use crate::kernels::{BwdConfig, MaskKind, TableGrad, TableShape, superaccumulator, table_indices};
+use crate::kernels::{BwdConfig, MaskKind, TableGrad, TableShape, superaccumulator, table_indices, turns};
 
 fn unsupported<T>(feature: Feature, got: String, expected: impl Into<String>) -> Result<T, PlanError> {
     Err(PlanError::Unsupported { feature, executor: "flash_bwd_sm90", got, expected: expected.into() })
@@ -47,6 +47,8 @@ pub enum GradTensor {
     DTable(usize),
     /// Workspace: dQ in f32.
     DqSums,
+    /// Workspace: how far each block of keys has come that takes turns to add to dQ.
+    Turns,
     /// Workspace: statistics of each row.
     Stats,
     /// Workspace: parts of the sinks' gradient.
@@ -80,8 +82,8 @@ pub struct GradStrides {
 /// 2. [`crate::kernels::flash_bwd_sm90_preprocess`], [`crate::kernels::flash_bwd_sm90`] and
 ///    [`crate::kernels::flash_bwd_sm90_queries`] with [`BackwardPlan::grids`] blocks, as far as these are more than none.
 ///
-/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if it has a kernel of its own, as in a deterministic plan, or
-/// if there is one block of keys only. Gradients of tables are added up in any order; in a deterministic plan without rounding, so
+/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if it has a kernel of its own or blocks of keys take turns, as in
+/// a deterministic plan, or if there is one block of keys only. Gradients of tables are added up in any order; in a deterministic plan without rounding, so
 /// that they, too, are bit-identical.
 #[derive(Clone, Debug)]
 pub struct BackwardPlan {
@@ -122,7 +124,12 @@ impl BackwardPlan {
         let mut config = configure(problem, reach, &by_blocks, &lowered.score_mod)?;
         config.d_lse = d_lse;
         if deterministic {
-            config.own_dq = true;
+            // Each query sees all keys up to some, so that blocks of keys follow each other.
+            let prefix = matches!(reach, Some([None, _]));
+            let masked = reach != Some([None, None]);
+            let many = problem.seqlen_k > config::DETERMINISTIC_OWN_DQ[usize::from(masked)];
+            config.turns = many && prefix && !config.own_dq && lowered.score_mod.is_none();
+            config.own_dq = !config.turns;
             exact_sums(problem, lowered.score_mod.as_ref(), &mut config)?;
         }
         let [query_blocks, items, query_items] = count(problem, &config)?;
@@ -256,7 +263,7 @@ impl BackwardPlan {
 
     /// lse, workspace and sinks.
     fn memory(&mut self, problem: &AttentionProblem) {
-        use GradTensor::{Counter, DLse, DSinks, DqSums, Lse, SinkSums, Sinks, Stats};
+        use GradTensor::{Counter, DLse, DSinks, DqSums, Lse, SinkSums, Sinks, Stats, Turns};
         self.arguments.push(Argument::Address(Lse));
         if self.config.d_lse {
             self.arguments.push(Argument::Address(DLse));
@@ -268,6 +275,13 @@ impl BackwardPlan {
         if !self.config.own_dq {
             self.workspace.push((DqSums, tiles * self.config.dq_sum_bytes() as usize));
             self.arguments.push(Argument::Address(DqSums));
+        }
+        if self.config.turns {
+            let items = problem.seqlen_k.div_ceil(self.config.tile_n() as usize);
+            let items = items * problem.heads_kv * problem.batch;
+            self.workspace.push((Turns, items * turns::BYTES as usize));
+            self.zeroed.push(Turns);
+            self.arguments.push(Argument::Address(Turns));
         }
         self.arguments.extend([Stats, Counter].map(Argument::Address));
         if self.config.sinks {
@@ -284,7 +298,9 @@ impl BackwardPlan {
         let items = p.seqlen_k.div_ceil(self.config.tile_n() as usize);
         let pairs = p.heads_kv * p.batch;
         let masked = self.config.mask != MaskKind::Band { left: false, right: false };
-        let head_group = config::backward_head_group(items, masked).min(pairs.max(1));
+        let m_blocks = p.seqlen_q.div_ceil(self.config.tile_m as usize);
+        let least = if self.config.turns { config::turns_head_group(m_blocks, masked) } else { 1 };
+        let head_group = config::backward_head_group(items, masked).max(least).min(pairs.max(1));
         let tiles = tiles(p, &self.config);
         let numbers = [p.seqlen_q, p.seqlen_k, p.heads_q, p.heads_kv, p.batch, head_group, tiles];
         // They fit: validated to be below 2³⁰, and the pairs are at most the items.
@@ -469,6 +485,7 @@ fn configure(
         d_lse: false,
         varlen: p.varlen.is_some(),
         own_dq: p.seqlen_k <= tiles.own_dq[usize::from(band != Some([None, None]))],
+        turns: false,
     })
 }
 
@@ -678,9 +695,12 @@ mod tests {
             // Two sequences of three heads: of each query its statistics, and dQ in f32 where it is added up.
             let each = if d == 256 { [8, 8] } else { [4 * d + 8, 8] };
             assert_eq!(bytes(1024, false, d), each.map(|each| 2 * 1024 * 3 * each));
-            assert_eq!(bytes(4096, false, d), each.map(|each| 2 * 4096 * 3 * each));
             let tile = if d == 64 { 128 } else { 64 };
             assert_eq!(bytes(1024, true, d), each.map(|each| 2 * (1024 + tile) * 3 * each));
+            // Of many keys it is in a deterministic plan, too, by turns of blocks of 128.
+            let [added, in_turns] = bytes(4096, false, d);
+            assert_eq!(added, 2 * 4096 * 3 * each[0]);
+            assert_eq!(in_turns - added, if d == 256 { 0 } else { 2 * 32 * 3 * 64 });
         }
     }
 

@@ -65,7 +65,7 @@ impl StagedBackward {
         layout: &GradLayout,
         deterministic: bool,
     ) -> Result<StagedBackward, PlanError> {
-        use GradTensor::{DK, DO, DQ, DSinks, DV, K, O, Q, TableSums, V};
+        use GradTensor::{DK, DO, DQ, DSinks, DV, K, O, Q, TableSums, Turns, V};
         problem.validate()?;
         let (p, s) = (problem, &layout.strides);
         let [q, k, v, o] = [p.q_shape(), p.k_shape(), p.v_shape(), p.o_shape()];
@@ -115,7 +115,7 @@ impl StagedBackward {
             workspace += (bytes as u64).next_multiple_of(ALIGN);
         }
         if layout.accumulate {
-            backward.zeroed.retain(|tensor| matches!(tensor, TableSums(_)));
+            backward.zeroed.retain(|tensor| matches!(tensor, TableSums(_) | Turns));
             if p.sinks && backward.query_blocks > 0 {
                 let config = CopyConfig { bytes: 4, add: Some(DType::F32) };
                 // Validated to be below 2³⁰.

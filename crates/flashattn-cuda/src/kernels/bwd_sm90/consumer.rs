@@ -67,6 +67,8 @@ pub(super) struct Consumer<'a, 'k, H> {
     dq: Fragment<'k>,
     /// Where dQ' that lies in shared memory is still to be added; 0: nowhere.
     put: Reg<'k, u64>,
+    /// The room for it, if blocks take turns.
+    dq_state: Option<PipelineState<'k>>,
 }
 
 impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
@@ -99,6 +101,11 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
             dv: Fragment::new(k, config.dv_columns()),
             dq: Fragment::new(k, if config.own_dq { 0 } else { config.dq_columns() }),
             put: k.var(0u64),
+            dq_state: config.turns.then(|| {
+                let state = shared.dq_pipeline.start(k);
+                state.index.set(group);
+                state
+            }),
         }
     }
 
@@ -525,12 +532,19 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn put_dq(&self, tile: Reg<'k, u32>) {
         let (k, config) = (self.k, self.config);
         let Some(sums) = self.params.dq_sums else { return };
-        let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
-        let warp = (part * 4 + self.warp()) * config.dq_warp_bytes();
-        self.put.set(tile.mad_wide(config.dq_sum_bytes(), sums) + warp.to_u64());
         let to = self.dq_place() + self.lane * 16;
-        self.finish_adding();
-        k.sync_warp();
+        if let Some(state) = self.dq_state {
+            // Not where to, which `turns.rs` knows.
+            self.put.set(1u64);
+            self.shared.dq_pipeline.consumer_wait(k, state);
+            state.phase.set(state.phase ^ 1);
+        } else {
+            let part = if config.dq_parts() == 1 { k.var(0u32) } else { self.group };
+            let warp = (part * 4 + self.warp()) * config.dq_warp_bytes();
+            self.put.set(tile.mad_wide(config.dq_sum_bytes(), sums) + warp.to_u64());
+            self.finish_adding();
+            k.sync_warp();
+        }
         let fours = self.dq.registers.as_chunks::<4>().0.iter().enumerate();
         fours.for_each(|(j, four)| to.at(32 * 16 * j as i32).store_vec(*four));
     }
@@ -539,6 +553,10 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
     fn add_dq(&self) {
         let k = self.k;
         k.sync_warp();
+        if let Some(state) = self.dq_state {
+            let told = || self.shared.dq_pipeline.consumer_release(k, state.index, self.lane);
+            return k.if_(self.put.ne(0), told);
+        }
         k.if_(self.lane.eq(0) & self.put.ne(0), || {
             k.bulk_reduce_add_f32(self.put.address(), self.dq_place(), self.config.dq_warp_bytes());
             k.bulk_commit();
@@ -557,6 +575,8 @@ impl<'a, 'k, H: Half> Consumer<'a, 'k, H> {
 
     /// Waits for the reduction of the block before, if it is on its way, to let go of shared memory.
     fn finish_adding(&self) {
-        self.k.when(self.lane.eq(0), || self.k.bulk_wait(0, true));
+        if self.dq_state.is_none() {
+            self.k.when(self.lane.eq(0), || self.k.bulk_wait(0, true));
+        }
     }
 }

@@ -17,7 +17,7 @@
 //! ```
 //!
 //! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. That is faster
-//! at head_dim 256 and gives the same bits in every run. Gradients of tables are added up across blocks in any order; where
+//! at head_dim 256 and gives the same bits in every run; so does dQ' with [`BwdConfig::turns`]: see `turns.rs`. Gradients of tables are added up across blocks in any order; where
 //! the result shall not depend on it, in sums that do not round (`superaccumulator.rs`), which that kernel rounds first.
 //!
 //! Departures from FlashAttention-3, and why:
@@ -44,6 +44,7 @@ mod postprocess;
 mod preprocess;
 mod queries;
 pub(crate) mod superaccumulator;
+pub(crate) mod turns;
 mod work;
 
 use flashattn_spec::expr::Program;
@@ -139,8 +140,11 @@ pub struct BwdConfig {
     pub varlen: bool,
     /// Whether rows of gradients that are not finite are computed again from what they depend on alone.
     pub repair: bool,
-    /// Whether dQ has a kernel of its own, instead of being added up across blocks of keys in any order.
+    /// Whether dQ has a kernel of its own, instead of being added up across blocks of keys.
     pub own_dq: bool,
+    /// Whether blocks of keys take turns to add to dQ', so that its bits do not depend on which comes first. Only where each query that
+    /// sees a key sees those before it, and warpgroups have parts of dQ' of their own.
+    pub turns: bool,
 }
 
 impl BwdConfig {
@@ -242,7 +246,12 @@ impl BwdConfig {
 
     /// Bytes of dQ' of a (sequence, head, m_block), if it is added up.
     pub fn dq_sum_bytes(&self) -> u32 {
-        self.dq_parts() * 64 * self.dq_columns() * 4
+        self.dq_parts() * self.dq_part_bytes()
+    }
+
+    /// Bytes of a warpgroup's part of that.
+    fn dq_part_bytes(&self) -> u32 {
+        4 * self.dq_warp_bytes()
     }
 
     /// Bytes of a warp's dQ'.
@@ -312,6 +321,8 @@ struct Params<'k> {
     /// dQ', in tiles of [`BwdConfig::dq_sum_bytes`] by (head, tile): for each warpgroup with a part of its own and each of its
     /// warps the fragment, four registers of each lane at a time.
     pub dq_sums: Option<Reg<'k, u64>>,
+    /// For each block of keys of each KV head and sequence, if they take turns, [`turns::BYTES`] of zeros: see `turns.rs`.
+    pub turns: Option<Reg<'k, u64>>,
     /// In tiles of [`BwdConfig::stats_bytes`]; D with dropout times 1 − p.
     pub stats: Reg<'k, u64>,
     /// One u32, zero before the launch and after it.
@@ -363,6 +374,7 @@ impl<'k> Params<'k> {
         let d_lse = config.d_lse.then(|| pointer("d_lse"));
         let lse_strides = ["lse_batch", "lse_head"].map(pointer);
         let dq_sums = (!config.own_dq).then(|| pointer("dq_sums"));
+        let turns = config.turns.then(|| pointer("turns"));
         let [stats, counter] = ["stats", "counter"].map(pointer);
         let sinks = config.sinks.then(|| ["sinks", "d_sinks", "sink_sums"].map(pointer));
         let names = ["seqlen_q", "seqlen_k", "heads_q", "heads_kv", "batch", "head_group", "tiles"];
@@ -413,6 +425,7 @@ impl<'k> Params<'k> {
             d_lse,
             lse_strides,
             dq_sums,
+            turns,
             stats,
             counter,
             sinks,
@@ -474,6 +487,8 @@ struct Shared<'k> {
     pub v_pipeline: Pipeline<'k>,
     pub q_pipeline: Pipeline<'k>,
     pub do_pipeline: Pipeline<'k>,
+    /// Of dQ', a stage for each warpgroup, if blocks take turns: *full* says that there is room for it, *empty* that it is there.
+    pub dq_pipeline: Pipeline<'k>,
 }
 
 impl<'k> Shared<'k> {
@@ -485,6 +500,7 @@ impl<'k> Shared<'k> {
         let [ds, p] = config.scores_copies().map(|copies| copies * config.scores().bytes());
         // Of gradients shared out K is one warpgroup's, V the other's.
         let kv_warps = if config.split == Split::Gradients { 4 } else { warps };
+        let adders = if config.turns { CONSUMERS } else { 0 };
         let dq_bytes = if config.own_dq { 0 } else { warps * config.dq_warp_bytes() };
         Shared {
             k: k.shared("k", config.k().bytes(), align),
@@ -497,11 +513,12 @@ impl<'k> Shared<'k> {
             stats: k.shared("stats", config.stats_bytes() * stages, 128),
             item: k.shared("item", 2 * Self::ITEM_BYTES, 16),
             block: k.shared("block", 16 * stages, 16),
-            item_pipeline: Pipeline::new(k, "item", 2, warps + 1, 1),
+            item_pipeline: Pipeline::new(k, "item", 2, warps + 1 + adders, 1),
             k_pipeline: Pipeline::new(k, "k", 1, kv_warps, 1),
             v_pipeline: Pipeline::new(k, "v", 1, kv_warps, 1),
             q_pipeline: Pipeline::new(k, "q", stages, warps, 1),
             do_pipeline: Pipeline::new(k, "do", config.do_stages, warps, 1),
+            dq_pipeline: Pipeline::new(k, "dq", adders, 4, 1),
         }
     }
 }
@@ -543,6 +560,7 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
             for pipeline in [shared.k_pipeline, shared.v_pipeline, shared.q_pipeline, shared.do_pipeline] {
                 pipeline.init(k);
             }
+            shared.dq_pipeline.init(k);
             k.fence_mbarrier_init();
         });
         k.sync_threads();
@@ -555,6 +573,9 @@ fn emit<H: Half>(config: &BwdConfig) -> Kernel {
                 let one = k.lane().eq(0);
                 k.if_(warp.eq(0) & one, || work.load(&shared, Loads::Queries));
                 k.if_(warp.eq(1) & one, || work.load(&shared, Loads::Gradients));
+                if let (Some(sums), Some(turns)) = (params.dq_sums, params.turns) {
+                    k.if_(warp.ge(2) & one, || work.add_in_turn(&shared, [sums, turns], warp - 2));
+                }
             },
             || {
                 k.raise_registers(many);

@@ -40,9 +40,9 @@ pub(super) enum Loads {
 }
 
 /// A block of queries of an item's list.
-struct Block<'k> {
-    m_block: Reg<'k, u32>,
-    head: Reg<'k, u32>,
+pub(super) struct Block<'k> {
+    pub m_block: Reg<'k, u32>,
+    pub head: Reg<'k, u32>,
     /// Bit 31: some row sees a part of the keys only.
     partial: Reg<'k, u32>,
 }
@@ -89,7 +89,7 @@ impl<'a, 'k> Work<'a, 'k> {
     }
 
     /// Blocks of keys of the longest sequence.
-    fn n_blocks(&self) -> Reg<'k, u32> {
+    pub fn n_blocks(&self) -> Reg<'k, u32> {
         (self.params.seqlen_k + (self.config.tile_n() - 1)) / self.config.tile_n()
     }
 
@@ -209,7 +209,7 @@ impl<'a, 'k> Work<'a, 'k> {
     }
 
     /// Runs `body` for each block of queries of the item.
-    fn each_block(&self, item: &WorkItem<'k>, body: impl Fn(Block<'k>)) {
+    pub fn each_block(&self, item: &WorkItem<'k>, body: impl Fn(Block<'k>)) {
         let k = self.k;
         match self.params.rows {
             None => {
