@@ -135,9 +135,10 @@ impl Backward {
     /// Plans a problem for a GPU and compiles its kernels, unless the process has them already.
     ///
     /// dk, dv and the sinks' gradient are bit-identical over runs in any case. dq is if a head dimension is above 128, if there are
-    /// at most as many keys as a block has, or if the plan is `deterministic`: then no blocks add to it, but a kernel of its own
-    /// computes the scores again, which takes more time and less memory. Gradients of tables are added up in any order; by
-    /// deterministic plans without rounding, so that they, too, are bit-identical.
+    /// at most as many keys as a block has, or if the plan is `deterministic`: then blocks of keys take turns to add to it where there
+    /// are many, without a mask or under a causal one; elsewhere a kernel of its own computes the scores again, which takes less memory.
+    /// Both take more time. Gradients of tables are added up in any order; by deterministic plans without rounding, so that they, too,
+    /// are bit-identical.
     ///
     /// # Errors
     /// What is wrong with the problem; [`Error::Plan`] for what the kernels do not take, [`Error::Target`] for a GPU that they

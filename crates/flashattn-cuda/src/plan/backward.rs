@@ -82,9 +82,9 @@ pub struct GradStrides {
 /// 2. [`crate::kernels::flash_bwd_sm90_preprocess`], [`crate::kernels::flash_bwd_sm90`] and
 ///    [`crate::kernels::flash_bwd_sm90_queries`] with [`BackwardPlan::grids`] blocks, as far as these are more than none.
 ///
-/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if it has a kernel of its own or blocks of keys take turns, as in
-/// a deterministic plan, or if there is one block of keys only. Gradients of tables are added up in any order; in a deterministic plan without rounding, so
-/// that they, too, are bit-identical.
+/// dK, dV and the sinks' gradient are bit-identical over runs; so is dQ if it has a kernel of its own or blocks of keys take turns to
+/// add to it, one of which a deterministic plan has, or if there is one block of keys only. Gradients of tables are added up in any
+/// order; in a deterministic plan without rounding, so that they, too, are bit-identical.
 #[derive(Clone, Debug)]
 pub struct BackwardPlan {
     /// The kernels' config.

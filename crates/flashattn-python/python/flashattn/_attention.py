@@ -118,8 +118,8 @@ def attention(
     seed : int or array, optional
         Decides which. PyTorch: from its generator if not given. JAX: also a key.
     deterministic : bool
-        Whether gradients have the same bits in every run. CPUs give nothing else; a GPU computes that of q by a kernel of its
-        own then, which takes more time up to head_dim 128, and those of tables in sums that do not round, which take memory.
+        Whether gradients have the same bits in every run. CPUs give nothing else; a GPU takes more time for that of q then, up to
+        head_dim 128, and computes those of tables in sums that do not round, which take memory.
     return_lse : bool
         Whether to return the log-sum-exp, too.
 

@@ -35,8 +35,8 @@ _OPTIONS = """
     alibi_slopes : array of float32, ``[heads]`` or ``[batch, heads]``, optional
         Slopes m: scores become ``s − m · |i + seqlen_k − seqlen_q − j|``.
     deterministic : bool
-        Whether gradients have the same bits in every run. CPUs give nothing else, whatever the number of threads; a GPU computes
-        that of q by a kernel of its own then, which takes more time up to head_dim 128.
+        Whether gradients have the same bits in every run. CPUs give nothing else, whatever the number of threads; a GPU takes
+        more time for that of q then, up to head_dim 128.
     return_attn_probs : bool
         Whether to return the log-sum-exp and, if there is dropout, the attention weights (for tests only), too.
 

@@ -16,16 +16,18 @@
 //! postprocess, a block for each (m_block, head, batch):  dQ = scale·dQ'
 //! ```
 //!
-//! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. That is faster
-//! at head_dim 256 and gives the same bits in every run; so does dQ' with [`BwdConfig::turns`]: see `turns.rs`. Gradients of tables are added up across blocks in any order; where
-//! the result shall not depend on it, in sums that do not round (`superaccumulator.rs`), which that kernel rounds first.
+//! With [`BwdConfig::own_dq`] there is no dQ', and the last kernel computes dQ by itself: see `queries.rs`. That is faster at head_dim
+//! 256 and gives the same bits in every run; so does dQ' with [`BwdConfig::turns`], see `turns.rs`. Gradients of tables are added up
+//! across blocks in any order; where the result shall not depend on it, in sums that do not round (`superaccumulator.rs`), which that
+//! kernel rounds first.
 //!
 //! Departures from FlashAttention-3, and why:
 //! 1. *The next block's scores are issued before this block's dQ and dK* where it has to read dS from shared memory for dK, so that
 //!    there are products to work on while the warpgroups wait for each other's dS. FlashAttention-3's order, in which dS stays in
 //!    registers, is faster where there are enough (`Consumer::in_order`).
 //! 2. *Each warp adds its own 16 rows of dQ'* by one bulk reduction from shared memory: its layout is our own, that of the
-//!    accumulator's fragments, so that no warp waits for another. It does so after the next block's dS, whose fence it shares.
+//!    accumulator's fragments, so that no warp waits for another. It does so after the next block's dS, whose fence it shares. In turns a
+//!    thread beside the producers adds a warpgroup's 64 rows, or all 64 of half of the columns.
 //! 3. *A group's query heads are looped over* by the item of their KV head: dK and dV need no atomics and are always
 //!    deterministic.
 //! 4. [`Split::Gradients`]: where dK and dV of 128 keys do not fit in registers, the warpgroups share 64 keys and have a gradient
