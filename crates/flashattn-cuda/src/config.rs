@@ -34,7 +34,8 @@ pub const FORWARD_SM90: [Tiles; 7] = [
     // More rows to a block of keys: fewer loads from L2, which is power. Short causal sequences waste more of taller tiles.
     tiles(64, [1536, 6144], [3, 128, 3], false),
     tiles(64, [0, 0], [2, 128, 3], true),
-    // Panels of 128 columns, as beyond, but accumulators leave room for wider blocks. Narrow ones let warpgroups leave out what is hidden.
+    // Panels of 128 columns, as beyond, but accumulators leave room for wider blocks. Narrow ones let warpgroups leave out what is
+    // hidden. Chosen at 72.
     tiles(80, [1536, 6144], [3, 96, 3], false),
     tiles(80, [usize::MAX, 1024], [3, 64, 4], false),
     tiles(128, [1536, 6144], [3, 80, 3], false),

@@ -277,9 +277,7 @@ impl BackwardPlan {
             self.arguments.push(Argument::Address(DqSums));
         }
         if self.config.turns {
-            let items = problem.seqlen_k.div_ceil(self.config.tile_n() as usize);
-            let items = items * problem.heads_kv * problem.batch;
-            self.workspace.push((Turns, items * turns::BYTES as usize));
+            self.workspace.push((Turns, self.items as usize * turns::BYTES as usize));
             self.zeroed.push(Turns);
             self.arguments.push(Argument::Address(Turns));
         }
