@@ -520,15 +520,15 @@ fn ptxas_takes_every_config() {
             v: strides(p.v_shape()),
             o: strides(p.o_shape()),
         };
-        // Of many keys tiles are others.
-        let mut long = p.clone();
+        // Of many keys tiles are others, of some thousands under a mask, too.
+        let [mut some, mut long] = [p.clone(), p.clone()];
         if p.varlen.is_none()
             && matches!(p.mask, Mask::Full | Mask::Causal)
             && matches!(p.score_mod, ScoreMod::None | ScoreMod::SoftCap(_) | ScoreMod::Alibi(_))
         {
-            long.seqlen_k = 8192;
+            (some.seqlen_k, long.seqlen_k) = (4096, 8192);
         }
-        for p in [p, &long] {
+        for p in [p, &some, &long] {
             match ForwardPlan::new(p, &strides) {
                 Ok(plan) => drop(configs.insert(plan.config)),
                 Err(PlanError::Unsupported { feature: Feature::HeadDim, .. }) => {}
